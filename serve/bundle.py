@@ -1,0 +1,354 @@
+"""The bundle: a folder with one graph for any number of tasks, and a small prompt per task.
+
+    bundle.json                       header, tasks, hashes of all other files
+    tokenizer.json                    of the `tokenizers` library
+    model.onnx, model.<precision>.onnx, prefix.onnx, *.data (weights shared by the graphs)
+    prompts/<task>.<hash>.safetensors
+
+Adding, replacing or removing a task rewrites `bundle.json` by one rename: a prompt's file name
+carries its hash, so an old and a new prompt never share a name, and a killed writer leaves the
+bundle as it was. Writers hold a lock on `.lock`, so that none loses another's update.
+
+Notation: P prompt tokens, D model width, L layers, H heads, K width of a head, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from serve.errors import Failure, UserError
+from serve.files import atomic_write, read_json, sha256, write_json
+from serve.task import Task, is_count, make_task, need
+
+FORMAT = "metapt-bundle"
+VERSION = 1
+MODES = ("prefix", "full", "deep")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]*")  # of a path: no "..", no separators, no drive
+_SIZES = ("d_model", "num_layers", "num_heads", "d_kv", "vocab_size")
+_OWN = ("format", "version", "tasks", "files", "checksum")  # keys that this module writes
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that has been read and checked.
+
+    Attributes:
+        header: everything in `bundle.json` but the tasks, the hashes and the checksum.
+        tasks: by name, in the order in which they were added.
+    """
+
+    folder: Path
+    header: dict[str, Any]
+    tasks: dict[str, Task]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def mode(self) -> str:
+        """`prefix`, `full` or `deep`."""
+        return self.header["mode"]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """P, the longest prompt that the graph takes."""
+        return self.header["prompt_tokens"]
+
+    def size(self, name: str) -> int:
+        """One of d_model, num_layers, num_heads, d_kv, vocab_size."""
+        return self.header["backbone"][name]
+
+    def graph(self, precision: str) -> Path:
+        """The graph file of a precision.
+
+        Raises:
+            UserError: the bundle does not have it.
+        """
+        known = self.header["precisions"]
+        if precision not in known:
+            raise UserError(
+                f"{self.folder} has no precision '{precision}': it has {', '.join(known)}; "
+                "pass one of them as --precision, or export the bundle again"
+            )
+        return self.folder / known[precision]["graph"]
+
+    def read_prompt(self, task: Task) -> dict[str, np.ndarray]:
+        """The arrays of a task's prompt: `prompt_embeddings` [p, D], p <= P; in mode deep also
+        `kv` [L, 2, H, p, K] and `states` [p, D].
+
+        Raises:
+            Failure: the file is missing, damaged, or not of the backbone's shape.
+        """
+        path = self.folder / task.prompt
+        _check_file(path, task.size_bytes, task.sha256)
+        return parse_prompt(path.read_bytes(), self, str(path))
+
+
+def load(folder: str | Path, *, verify: bool = True) -> Bundle:
+    """Read a bundle and check all of it.
+
+    Args:
+        folder: the bundle.
+        verify: hash every file (about 0.6 s for each GB, in four threads); without it only
+            existence and sizes are checked.
+
+    Raises:
+        UserError: there is no bundle at `folder`.
+        Failure: a file is missing, truncated, altered or swapped, or the format is newer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: pass the folder of a bundle")
+    path = folder / "bundle.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle: it has no bundle.json")
+    bundle = _parse(folder, path, read_json(path))
+    wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in bundle.files.items()}
+    wanted |= {task.prompt: (task.size_bytes, task.sha256) for task in bundle.tasks.values()}
+    for name, (size, _) in wanted.items():
+        _check_file(folder / name, size, None)
+    if verify:
+        with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+            list(pool.map(lambda item: _check_file(folder / item[0], *item[1]), wanted.items()))
+    return bundle
+
+
+def _check_file(path: Path, size: int, digest: str | None) -> None:
+    if not path.is_file():
+        raise Failure(f"{path} is missing from the bundle: export the bundle again")
+    actual = path.stat().st_size
+    if actual != size:
+        raise Failure(f"{path} has {actual} bytes, bundle.json says {size}: it is damaged, "
+                      "export the bundle again")  # fmt: skip
+    if digest is not None and sha256(path) != digest:
+        raise Failure(f"{path} does not match its hash in bundle.json: it is damaged or belongs "
+                      "to another bundle, export the bundle again")  # fmt: skip
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse(folder: Path, path: Path, document: Any) -> Bundle:
+    """Check `bundle.json` without touching the other files."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise Failure(f"{path} is not a bundle's description ('format' is not '{FORMAT}')")
+    version = document.get("version")
+    if version != VERSION:
+        raise Failure(f"{path} has format version {version}, this program reads {VERSION}: "
+                      "use the version of the program that wrote it, or export again")  # fmt: skip
+    if document.get("checksum") != _checksum(document):
+        raise Failure(f"{path} does not match its own checksum: it is damaged or was edited by "
+                      "hand, export the bundle again")  # fmt: skip
+    try:
+        header = {key: value for key, value in document.items() if key not in _OWN}
+        _check_header(header)
+        files = {str(name): dict(entry) for name, entry in document["files"].items()}
+        for name, entry in files.items():
+            _check_path(name)
+            need(isinstance(entry.get("bytes"), int), f"files: '{name}' has no size")
+            need(isinstance(entry.get("sha256"), str), f"files: '{name}' has no hash")
+        for name in _graphs(header) + ["tokenizer.json"]:
+            need(name in files, f"'{name}' is not among its files")
+        bundle = Bundle(folder, header, {}, files)
+        for name, record in document["tasks"].items():
+            bundle.tasks[name] = make_task(name, record, header)
+            _check_path(bundle.tasks[name].prompt)
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise Failure(f"{path} is not valid: {what}; export the bundle again") from None
+    return bundle
+
+
+def _check_path(name: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not name or "/".join(parts) != name or not all(_PART.fullmatch(part) for part in parts):
+        raise UserError(f"'{name}' is not a path inside the bundle")
+
+
+def _graphs(header: Mapping[str, Any]) -> list[str]:
+    names = [entry["graph"] for entry in header["precisions"].values()]
+    return names + ([header["prefix_graph"]] if header.get("prefix_graph") else [])
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Raises: UserError naming the key that is wrong."""
+    need(header.get("mode") in MODES, f"'mode' must be one of {', '.join(MODES)}")
+    backbone = header.get("backbone")
+    need(isinstance(backbone, dict), "'backbone' must be an object")
+    assert isinstance(backbone, dict)
+    for key in _SIZES:
+        need(is_count(backbone.get(key)), f"'backbone.{key}' must be a positive whole number")
+    for key in ("prompt_tokens", "max_tokens"):
+        need(is_count(header.get(key)), f"'{key}' must be a positive whole number")
+    precisions = header.get("precisions")
+    need(isinstance(precisions, dict) and bool(precisions), "'precisions' must name a graph")
+    need(
+        (header["mode"] == "prefix") == bool(header.get("prefix_graph")),
+        "'prefix_graph' belongs to mode prefix, and to no other",
+    )
+    for name in _graphs(header):
+        _check_path(name)
+
+
+def parse_prompt(data: bytes, bundle: Bundle, source: str) -> dict[str, np.ndarray]:
+    """The arrays of a prompt file's bytes, as float32, with shapes checked (see `read_prompt`).
+
+    Raises:
+        Failure: the bytes are not safetensors, or the shapes are not the backbone's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as parse
+
+    try:
+        arrays = parse(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{source} is not a safetensors file ({error}): make it again") from None
+    try:
+        return check_prompt(arrays, bundle)
+    except UserError as error:
+        raise Failure(f"{source}: {error}") from None
+
+
+def check_prompt(prompt: np.ndarray | Arrays, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The arrays of a prompt as contiguous float32.
+
+    Raises:
+        UserError: an array is missing, not of the backbone's shape, or not finite.
+    """
+    arrays = {"prompt_embeddings": prompt} if isinstance(prompt, np.ndarray) else dict(prompt)
+    if "prompt_embeddings" not in arrays:
+        raise UserError(f"the prompt has no 'prompt_embeddings', it has {sorted(arrays)}")
+    width = bundle.size("d_model")
+    shape = arrays["prompt_embeddings"].shape
+    if len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= bundle.prompt_tokens:
+        raise UserError(
+            f"the prompt holds {list(shape)}, but the bundle's backbone "
+            f"'{bundle.header['backbone'].get('id')}' is {width} wide and its graph takes 1 to "
+            f"{bundle.prompt_tokens} prompt tokens: train it on this backbone, or export again"
+        )
+    expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": shape}
+    if bundle.mode == "deep":
+        layers, heads, narrow = (bundle.size(key) for key in ("num_layers", "num_heads", "d_kv"))
+        expected |= {"kv": (layers, 2, heads, shape[0], narrow), "states": shape}
+    result = {}
+    for key, wanted in expected.items():
+        if key not in arrays or arrays[key].shape != wanted:
+            have = list(arrays[key].shape) if key in arrays else "nothing"
+            raise UserError(f"the prompt's '{key}' holds {have}, but mode {bundle.mode} needs "
+                            f"{list(wanted)}")  # fmt: skip
+        result[key] = np.ascontiguousarray(arrays[key], dtype=np.float32)
+        if not np.isfinite(result[key]).all():
+            raise UserError(f"the prompt's '{key}' holds values that are not finite")
+    return result
+
+
+def create(folder: str | Path, header: Mapping[str, Any]) -> Bundle:
+    """Make a bundle without tasks of a folder that already holds the graphs, their weights and
+    `tokenizer.json`; every file in it is hashed into `bundle.json`.
+
+    Raises:
+        UserError: the header is not complete (the message names the key), or a file is missing.
+    """
+    folder = Path(folder)
+    header = {key: value for key, value in header.items() if key not in _OWN}
+    _check_header(header)
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in ("bundle.json", ".lock"):
+            _check_path(name)
+            files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    for name in _graphs(header) + ["tokenizer.json"]:
+        need(name in files, f"{folder / name} does not exist: write it before the bundle is made")
+    _write(Bundle(folder, dict(header), {}, files))
+    return load(folder, verify=False)
+
+
+def _write(bundle: Bundle) -> None:
+    document: dict[str, Any] = {"format": FORMAT, "version": VERSION, **bundle.header}
+    tasks = {}
+    for name, task in bundle.tasks.items():
+        tasks[name] = dataclasses.asdict(task)
+        del tasks[name]["name"]
+    document |= {"tasks": tasks, "files": bundle.files}
+    document = json.loads(json.dumps(document))  # numpy numbers and tuples fail or settle here
+    document["checksum"] = _checksum(document)
+    write_json(bundle.folder / "bundle.json", document)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Bundle]:
+    """The bundle, while no other writer can change it."""
+    load(folder, verify=False)  # a clear error before a lock file appears in a wrong folder
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield load(folder, verify=False)
+
+
+def add_task(
+    folder: str | Path, name: str, record: Mapping[str, Any], prompt: np.ndarray | Arrays
+) -> Task:
+    """Add a task to a bundle, or replace it, whole or not at all.
+
+    Args:
+        folder: the bundle.
+        name: of the task.
+        record: labels, words, word_ids, template, prefix_ids, suffix_ids, temperature, info.
+        prompt: [p, D] with p <= P; in mode deep the arrays of `Bundle.read_prompt`.
+
+    Raises:
+        UserError: the name, the record or the prompt does not fit the bundle.
+    """
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    with _locked(folder) as bundle:
+        values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
+        task = make_task(name, values, bundle.header)
+        data = save(check_prompt(prompt, bundle))
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"prompts/{name}.{digest[:12]}.safetensors"
+        task = dataclasses.replace(task, prompt=path, sha256=digest, size_bytes=len(data))
+        with atomic_write(folder / path) as temporary:
+            temporary.write_bytes(data)
+        old = bundle.tasks.get(name)
+        bundle.tasks[name] = task
+        _write(bundle)
+        if old is not None and old.prompt != path:
+            (folder / old.prompt).unlink(missing_ok=True)
+    return task
+
+
+def remove_task(folder: str | Path, name: str) -> None:
+    """Remove a task and its prompt.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    folder = Path(folder)
+    with _locked(folder) as bundle:
+        if name not in bundle.tasks:
+            raise UserError(f"{folder} has no task '{name}': it has {', '.join(bundle.tasks)}")
+        old = bundle.tasks.pop(name)
+        _write(bundle)
+        (folder / old.prompt).unlink(missing_ok=True)
+
+
+def list_tasks(folder: str | Path) -> dict[str, Task]:
+    """The tasks of a bundle by name."""
+    return load(folder, verify=False).tasks

@@ -1,0 +1,101 @@
+"""A task as a bundle describes it: labels, verbalizer, template, and where its prompt lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.errors import UserError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a task: also a URL segment and a file name
+
+
+@dataclass(frozen=True)
+class Task:
+    """What serving needs to know of a task; the prompt itself lies in the file `prompt`."""
+
+    name: str
+    labels: list[str]  # [C], what the user reads
+    words: list[str]  # [C], the verbalizer's words
+    word_ids: list[int]  # [C], their rows in the vocabulary
+    template: str
+    prefix_ids: list[int]  # token ids before the text
+    suffix_ids: list[int]  # token ids after the text, </s> included
+    temperature: float = 1.0
+    prompt: str = ""
+    sha256: str = ""
+    size_bytes: int = 0
+    info: dict[str, Any] = field(default_factory=dict)  # validation figures, origin, ...
+
+
+def need(condition: bool, message: str) -> None:
+    """Raises: UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def is_count(value: Any, at_least: int = 1) -> bool:
+    """Whether `value` is a whole number, not a bool, and at least `at_least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -> Task:
+    """A checked `Task` from its record in `bundle.json`.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    check_name(name)
+    known = {item.name for item in dataclasses.fields(Task)}
+    values = {key: value for key, value in record.items() if key in known and key != "name"}
+    try:
+        task = Task(name=name, **values)
+    except TypeError as error:
+        raise UserError(f"task '{name}': {error}") from None
+    vocabulary, longest = header["backbone"]["vocab_size"], header["max_tokens"]
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    def ids(value: Any) -> bool:
+        return isinstance(value, list) and all(
+            is_count(item, 0) and item < vocabulary for item in value
+        )
+
+    need(texts(task.labels) and len(task.labels) >= 2, f"task '{name}': 'labels' needs two words")
+    need(len(set(task.labels)) == len(task.labels), f"task '{name}': a label stands there twice")
+    need(texts(task.words), f"task '{name}': 'words' must be a list of words")
+    need(
+        ids(task.word_ids) and len(task.word_ids) == len(task.labels) == len(task.words),
+        f"task '{name}': 'words' and 'word_ids' need one entry for each of the "
+        f"{len(task.labels)} labels, with ids below {vocabulary}",
+    )
+    need(
+        ids(task.prefix_ids) and ids(task.suffix_ids) and bool(task.suffix_ids),
+        f"task '{name}': 'prefix_ids' and 'suffix_ids' must be token ids below {vocabulary}",
+    )
+    need(
+        len(task.prefix_ids) + len(task.suffix_ids) < longest,
+        f"task '{name}': its template leaves no room for a text within {longest} tokens",
+    )
+    temperature = task.temperature
+    need(
+        isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0,
+        f"task '{name}': 'temperature' must be a positive number, not {temperature!r}",
+    )
+    need(is_count(task.size_bytes, 0), f"task '{name}': 'size_bytes' must be a whole number")
+    need(isinstance(task.prompt, str), f"task '{name}': 'prompt' must be a path")
+    return task
+
+
+def check_name(name: str) -> None:
+    """Raises: UserError when `name` cannot be a task's name."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"'{name}' cannot be a task's name: use up to 64 of a-z 0-9 . _ -, "
+            "starting with a letter or digit"
+        )
