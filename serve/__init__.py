@@ -1,0 +1,1 @@
+"""Serving of soft-prompt bundles with onnxruntime: no torch, no transformers."""

@@ -1,0 +1,124 @@
+"""Artifacts appear whole or not at all: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serve.errors import Failure, UserError
+
+_CHUNK = 1 << 20  # bytes hashed at a time, so that a weights file need not fit in memory
+
+
+def _sibling(path: Path) -> Path:
+    # Beside the target, so that the rename stays on one file system and is atomic.
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to; rename it to `path` when the block ends well.
+
+    When the block raises, the temporary file goes and whatever stood at `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
+    """Give a temporary folder to fill; rename it to `path` when the block ends well.
+
+    Args:
+        path: where the folder shall stand.
+        replace: whether an existing folder is replaced. POSIX cannot swap two folders in one
+            step, so the old one is moved aside first and removed last: a kill between the two
+            leaves either the old or the new folder whole under a name that starts with `path`.
+
+    Raises:
+        UserError: `path` exists and `replace` is false, or it is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            f"{path} is a file, but a folder is to be written there: pass another --out"
+        )
+    if path.exists() and not replace:
+        raise UserError(f"{path} exists already: remove it, or pass another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in temporary.rglob("*"):
+            if entry.is_file():
+                _sync(entry)
+        if path.exists():
+            aside = _sibling(path)
+            os.rename(path, aside)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                os.rename(aside, path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(temporary, path)
+        _sync(path.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is not there.
+        Failure: it is not UTF-8 JSON (damaged or truncated).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check the path")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Failure(f"{path} is not valid JSON ({error}): it is damaged, make it again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
