@@ -1,0 +1,395 @@
+"""Labelled texts: read from files, data folders, the VADER set or the hub, and drawn few-shot."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.errors import UserError
+from trainer.tables import Row, check_file, iterate_rows
+from trainer.tasks import Hub, Task, format_columns, get_task, readable_aspect
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}
+_TRIES = 100  # draws of 40 before a class is called missing
+_MOST_CLASSES = 200  # more distinct values than this are no class column
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N labelled texts.
+
+    Attributes:
+        texts: N strings.
+        labels: [N] int64, each in 0..C-1.
+        names: the C class names.
+        source: where they came from, for errors and records.
+    """
+
+    texts: list[str]
+    labels: np.ndarray
+    names: tuple[str, ...]
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[C], the number of texts per class."""
+        return np.bincount(self.labels, minlength=len(self.names))
+
+    def take(self, indices: Iterable[int]) -> Examples:
+        """The examples at `indices`, in that order."""
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        texts = [self.texts[i] for i in chosen]
+        return replace(self, texts=texts, labels=self.labels[chosen])
+
+    def sample(self, size: int, seed: int) -> Examples:
+        """At most `size` examples drawn by `seed`, without repetition."""
+        return self.take(_shuffled(len(self), seed)[:size])
+
+
+def _shuffled(size: int, seed: int) -> np.ndarray:
+    # Sorting uniform doubles, not `permutation`: the doubles of PCG64 are the same on every
+    # platform and numpy version, and so are the samples that a seed stands for.
+    return np.argsort(np.random.Generator(np.random.PCG64(seed)).random(size), kind="stable")
+
+
+def load_examples(
+    path: str | Path,
+    text_column: str = "text",
+    label_column: str = "label",
+    labels: Sequence[str] | None = None,
+    split: str | None = None,
+    drop: Sequence[str] = (),
+) -> Examples:
+    """Read a local CSV, TSV, JSONL or Parquet file.
+
+    Args:
+        path: the file.
+        text_column: the column of texts, or a format over several ("{aspect}: {text}").
+        label_column: the column of class indices from 0, or of class names (matched without case).
+        labels: the C class names; None takes those in the file (sorted), or "0", "1", ... for
+            indices.
+        split: "train", "validation" or "test": the rows for that purpose, see `choose_split`;
+            None takes all rows.
+        drop: class names whose rows are left out; written as indices, those that follow `labels`.
+
+    Raises:
+        UserError: the file, a column, a row or a label is not as it must be; the message names the
+            file and the row.
+        Failure: the file is damaged.
+    """
+    text_format = text_column if "{" in text_column else "{" + text_column + "}"
+    columns = format_columns(text_format)
+    wanted = [*columns, label_column]
+    rows: list[tuple[str, Row]] = []
+    # The split column is optional, so it is looked for only when a split is asked for.
+    for place, row in iterate_rows(path, wanted, keep_all=split is not None):
+        rows.append((place, {name: row.get(name) for name in (*wanted, "split")}))
+    if not rows:
+        raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
+    texts = [_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]
+    values = [row[label_column] for _, row in rows]
+    places = [f"{path}, {place}" for place, _ in rows]
+    if labels is None:
+        labels = _find_labels(values, places, label_column)
+    codes = _codes(values, places, labels, drop)
+    keep = codes >= 0
+    kept = np.flatnonzero(keep)
+    examples = Examples([texts[i] for i in kept], codes[keep], tuple(labels), str(path))
+    if split is None:
+        return examples
+    return choose_split(examples, [rows[i][1]["split"] for i in kept], split)
+
+
+def _text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str:
+    values: dict[str, str] = {}
+    for name in columns:
+        value = row[name]
+        if value is None:
+            raise UserError(f"{place}: '{name}' is missing: fill it in, or remove the row")
+        if not isinstance(value, str):
+            raise UserError(
+                f"{place}: '{name}' is {type(value).__name__} {str(value)[:40]!r}, not text: pass "
+                "another --text-column"
+            )
+        values[name] = readable_aspect(value) if name == "aspect" else value
+    text = text_format.format_map(values).strip()
+    if not text:
+        raise UserError(f"{place}: '{columns[-1]}' is empty: fill it in, or remove the row")
+    return text
+
+
+def _as_index(value: Any) -> int | None:
+    """A class index written as an int, an integral float or a string of digits; else None."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("-").isascii():
+        digits = value.strip()
+        return int(digits) if digits.lstrip("-").isdigit() else None
+    return None
+
+
+def _find_labels(values: Sequence[Any], places: Sequence[str], column: str) -> list[str]:
+    indices = [_as_index(value) for value in values]
+    numbers = [index for index in indices if index is not None]
+    if len(numbers) == len(values):
+        if min(numbers) < 0 or max(numbers) >= _MOST_CLASSES:
+            at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
+            raise UserError(
+                f"{places[at]}: label {values[at]!r} is no class index: class indices count from "
+                "0; pass --labels, or another --label-column"
+            )
+        return [str(index) for index in range(max(numbers) + 1)]
+    for value, place in zip(values, places, strict=True):
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(
+                f"{place}: label {value!r} is neither a class name nor a class index: correct the "
+                "row, or pass another --label-column"
+            )
+    names = sorted({value.strip() for value in values})
+    if len(names) > _MOST_CLASSES:
+        raise UserError(
+            f"column '{column}' has {len(names)} different values: that is no column of classes; "
+            "pass another --label-column"
+        )
+    return names
+
+
+def _codes(
+    values: Sequence[Any], places: Sequence[str], labels: Sequence[str], drop: Sequence[str]
+) -> np.ndarray:
+    """[N] class indices; -1 where the row is to be left out."""
+    known = {name.strip().casefold(): index for index, name in enumerate(labels)}
+    left_out = {name.casefold() for name in drop}
+    classes = len(labels)
+    codes = np.empty(len(values), dtype=np.int64)
+    for position, (value, place) in enumerate(zip(values, places, strict=True)):
+        name = value.strip().casefold() if isinstance(value, str) else None
+        index = known.get(name) if name is not None else None
+        if index is None:
+            index = _as_index(value)
+        if name in left_out or (index is not None and classes <= index < classes + len(drop)):
+            codes[position] = -1
+            continue
+        if index is None or not 0 <= index < classes:
+            hint = " (indices count from 0)" if index == classes else ""
+            raise UserError(
+                f"{place}: label {value!r} is not one of {', '.join(labels)}, nor an index from 0 "
+                f"to {classes - 1}{hint}: correct the row, or pass --labels"
+            )
+        codes[position] = index
+    return codes
+
+
+def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Examples:
+    """The rows for training, validation or testing, by the marks of a `split` column.
+
+    A set without test rows is tested on its validation rows. One without either is cut by the
+    texts themselves: a fifth of the distinct texts, chosen by hash, is for testing and the rest
+    for training, so that a text never is on both sides, whatever the order of the rows.
+
+    Args:
+        examples: N examples.
+        marks: N values, "train", "dev", "validation", "test" or None.
+        split: "train", "validation" or "test".
+
+    Raises:
+        UserError: another split, or no rows for this one.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: there are {', '.join(SPLITS)}")
+    names = [_SPLIT_NAMES.get(mark, mark) if isinstance(mark, str) else None for mark in marks]
+    present = {name for name in names if name}
+    if not present & {"test", "validation"}:
+        tested = [_hash(text) % 5 == 0 for text in examples.texts]
+        if split == "test":
+            logger.info("%s marks no test rows: a fifth, chosen by hash, is used", examples.source)
+        keep = [is_test == (split == "test") for is_test in tested]
+    else:
+        wanted = split
+        if split == "test" and "test" not in present:
+            logger.info("%s has no test rows: its validation rows are used", examples.source)
+            wanted = "validation"
+        keep = [name == wanted for name in names]
+    chosen = examples.take(np.flatnonzero(keep))
+    if not len(chosen):
+        raise UserError(f"{examples.source} has no rows for --split {split}: it has {present}")
+    return chosen
+
+
+def normalise(text: str) -> str:
+    """Letters and digits only, in lower case: two spellings of one sentence become equal."""
+    return "".join(char for char in text.casefold() if char.isalnum())
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(normalise(text).encode(), digest_size=8).digest(), "big")
+
+
+def load_task(
+    task: Task | str,
+    split: str | None = None,
+    *,
+    data: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    text_column: str | None = None,
+    label_column: str = "label",
+) -> Examples:
+    """The examples of a task, from the first of: `data`, `data_dir`, VADER, the hub.
+
+    Args:
+        task: a task or the name of a registered one.
+        split: "train", "validation", "test", or None for all rows.
+        data: a local file (`--data`).
+        data_dir: a folder of files named after the sets, `sst2.parquet` (`--data-dir`).
+        text_column: see `load_examples`; None takes the task's own text format.
+        label_column: the file's label column.
+
+    Raises:
+        UserError, Failure: see `load_examples`, `trainer.vader.load` and `trainer.hub.load`.
+    """
+    if isinstance(task, str):
+        task = get_task(task)
+    if data is None and data_dir is not None and task.files:
+        data = _in_folder(Path(data_dir), task)
+    if data is not None:
+        form = text_column or task.text_format
+        return load_examples(data, form, label_column, task.labels, split, task.drop)
+    if task.vader is not None:
+        from trainer import vader
+
+        examples = vader.load(task.vader, task.classes)
+        return examples if split is None else choose_split(examples, [None] * len(examples), split)
+    if task.hub is not None:
+        from trainer import hub
+
+        return _from_hub(task, hub.load(task.hub, split, task.name), split)
+    raise UserError(f"task '{task.name}' has no data of its own: pass --data FILE")
+
+
+def _in_folder(folder: Path, task: Task) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is not a folder: check the path")
+    for stem in task.files:
+        for suffix in (".parquet", ".jsonl", ".csv", ".tsv"):
+            if (path := folder / f"{stem}{suffix}").is_file():
+                return check_file(path)
+    raise UserError(
+        f"--data-dir {folder} has no {' or '.join(f'{stem}.parquet' for stem in task.files)} for "
+        f"task '{task.name}': add it (columns {', '.join(format_columns(task.text_format))}, "
+        "label), or pass --data FILE"
+    )
+
+
+def _from_hub(task: Task, rows: Sequence[Mapping[str, Any]], split: str | None) -> Examples:
+    """Examples of hub rows; rows without text, which no user can correct, are left out."""
+    source: Hub = task.hub  # type: ignore[assignment]
+    columns = format_columns(source.text_format)
+    rows = [row for row in rows if all(isinstance(row[name], str) for name in columns)]
+    rows = [row for row in rows if row[columns[-1]].strip()]
+    places = [f"{source.id}, row {number}" for number in range(1, len(rows) + 1)]
+    texts = [
+        _text(dict(row), columns, source.text_format, place)
+        for row, place in zip(rows, places, strict=True)
+    ]
+    codes = _codes([row[source.label_column] for row in rows], places, task.labels, task.drop)
+    kept = np.flatnonzero(codes >= 0)
+    examples = Examples([texts[i] for i in kept], codes[kept], task.labels, source.id)
+    if split is None or split in source.splits:  # then only its rows were loaded
+        return examples
+    return choose_split(examples, [rows[i]["split"] for i in kept], split)
+
+
+def draw_few_shot(
+    examples: Examples,
+    seed: int,
+    train: int = 40,
+    validation: int = 40,
+    classes: int | None = None,
+    balanced: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the few-shot training and validation samples of a seed (appendix A.4: 40 and 40).
+
+    The paper draws at random; a draw that leaves a class out of the training samples is repeated
+    from the same stream of random numbers, so a seed always stands for the same samples.
+
+    Args:
+        examples: the pool, N texts.
+        seed: the seed of the draw.
+        train, validation: the numbers of samples.
+        classes: C; None takes the pool's.
+        balanced: whether every class gets an equal share (one more or less) instead.
+
+    Returns:
+        The indices of the training [train] and the validation [validation] samples, disjoint.
+
+    Raises:
+        UserError: a class without a sample, or a pool that is too small; the message names it.
+    """
+    classes = classes or len(examples.names)
+    names = [*examples.names, *(str(i) for i in range(len(examples.names), classes))]
+    where = examples.source or "the data"
+    need = train + validation
+    if len(examples) < need:
+        raise UserError(f"{where} has {len(examples)} rows, but {need} are to be drawn: pass fewer")
+    counts = np.bincount(examples.labels, minlength=classes)
+    for index in np.flatnonzero(counts == 0):
+        raise UserError(f"{where} has no sample of class '{names[index]}': add some, or drop it")
+    if train < classes:
+        raise UserError(f"{train} training samples cannot hold {classes} classes: draw more")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    if balanced:
+        return _draw_balanced(examples.labels, generator, train, validation, names, where)
+    for _ in range(_TRIES):
+        order = np.argsort(generator.random(len(examples)), kind="stable")
+        seen = np.bincount(examples.labels[order[:train]], minlength=classes)
+        if (seen > 0).all():
+            return order[:train], order[train:need]
+    rare = names[int(np.argmin(counts))]
+    raise UserError(
+        f"none of {_TRIES} draws of {train} samples from {where} held class '{rare}' "
+        f"({counts.min()} of {len(examples)} rows): pass --balanced, or draw more samples"
+    )
+
+
+def _draw_balanced(
+    labels: np.ndarray,
+    generator: np.random.Generator,
+    train: int,
+    validation: int,
+    names: Sequence[str],
+    where: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    classes = len(names)
+    order = np.argsort(generator.random(len(labels)), kind="stable")
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for index in range(classes):
+        # The first classes take what does not divide evenly.
+        shares = [size // classes + (index < size % classes) for size in (train, validation)]
+        members = order[labels[order] == index]
+        if len(members) < sum(shares):
+            raise UserError(
+                f"{where} has {len(members)} samples of class '{names[index]}', but a balanced "
+                f"draw needs {sum(shares)}: drop --balanced, or draw fewer"
+            )
+        parts[0].append(members[: shares[0]])
+        parts[1].append(members[shares[0] : sum(shares)])
+    mixed = [np.concatenate(part) for part in parts]
+    # By class they would come in blocks, and a batch of a block holds one class only.
+    first, second = (part[np.argsort(generator.random(len(part)), kind="stable")] for part in mixed)
+    return first, second

@@ -1,0 +1,190 @@
+"""Rows of CSV, TSV, JSONL and Parquet files, one at a time, with errors that name the place.
+
+A file is never held whole: the pseudo-labelling corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from serve.errors import Failure, UserError
+
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the flat memory
+_BATCH = 4096  # Parquet rows at a time
+
+Row = dict[str, Any]
+
+
+def kind_of(path: str | Path) -> str:
+    """The suffix that tells the format, without that of a compression: ".csv" for "a.csv.gz"."""
+    path = Path(path)
+    if path.suffix.lower() in _PACKED:
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def open_packed(path: str | Path) -> IO[bytes]:
+    """Open a file for reading bytes, through gzip, bzip2 or xz by its suffix."""
+    path = Path(path)
+    opener = _PACKED.get(path.suffix.lower())
+    return opener(path, "rb") if opener else path.open("rb")
+
+
+def check_file(path: str | Path, flag: str = "--data") -> Path:
+    """The path, once it is known to be a file with something in it.
+
+    Raises:
+        UserError: it is missing, a folder, or empty.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: pass a file inside it")
+    if not path.is_file():
+        raise UserError(f"{flag} {path} does not exist: check the path")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag} {path} is empty: pass a file with rows")
+    return path
+
+
+def decoded_lines(path: Path, limit: int = _LINE_LIMIT) -> Iterator[str]:
+    """The lines of a UTF-8 file, line ends kept; a byte-order mark is dropped.
+
+    Raises:
+        UserError: text that is not UTF-8 (with line and byte), a line of over `limit` bytes.
+        Failure: a compressed file that is damaged or cut short.
+    """
+    offset = 0
+    number = 0
+    try:
+        with open_packed(path) as file:
+            while raw := file.readline(limit + 1):
+                number += 1
+                if len(raw) > limit:
+                    raise UserError(
+                        f"{path}, line {number} is longer than {limit >> 20} MiB: "
+                        "break the file into lines"
+                    )
+                if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    raise UserError(f"{path} is UTF-16: save it as UTF-8")
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: byte 0x{raw[error.start]:02x} at offset "
+                        f"{offset + error.start} is not UTF-8: save the file as UTF-8"
+                    ) from None
+                yield line
+                offset += len(raw)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
+
+
+def _require(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    for name in columns:
+        if name not in present:
+            raise UserError(
+                f"{path} has no column '{name}': it has {', '.join(present) or 'none'}; pass "
+                "--text-column and --label-column"
+            )
+
+
+def _separated(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # reviews can be longer than 128 KiB
+    reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        _require(path, columns, header)
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise UserError(f"{path} has the column '{twice}' twice: rename one")
+        for fields in reader:
+            if not fields:  # a blank line
+                continue
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num} has {len(fields)} fields, but the header has "
+                    f"{len(header)}: put quotes around a field that holds the separator"
+                )
+            yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}: inside a quoted field, write a quote as two"
+        ) from None
+
+
+def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(decoded_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number} is not JSON ({error.msg}): each line must be one object"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is not a JSON object")
+        for name in columns:
+            if name not in row:
+                raise UserError(
+                    f"{path}, line {number} has no '{name}': it has {', '.join(row) or 'none'}; "
+                    "pass --text-column and --label-column"
+                )
+        yield f"line {number}", row
+
+
+def _parquet(path: Path, columns: Sequence[str], keep_all: bool) -> Iterator[tuple[str, Row]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _require(path, columns, names)
+            number = 0
+            batches = file.iter_batches(_BATCH, columns=None if keep_all else list(columns))
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (arrow.ArrowInvalid, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise Failure(f"{path} is damaged or no Parquet file ({first}): get it again") from None
+
+
+def iterate_rows(
+    path: str | Path, columns: Sequence[str], *, keep_all: bool = False, flag: str = "--data"
+) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) of a CSV, TSV, JSONL or Parquet file; place reads "line 3" or "row 3".
+
+    Args:
+        path: the file; CSV, TSV and JSONL may be compressed (.gz, .bz2, .xz).
+        columns: the columns that every row must have.
+        keep_all: whether a row carries the other columns as well.
+        flag: the flag that named the file, for errors.
+
+    Raises:
+        UserError: a missing or empty file, another format, a missing column, a ragged row, text
+            that is not UTF-8.
+        Failure: a damaged file.
+    """
+    path = check_file(path, flag)
+    kind = kind_of(path)
+    if kind in (".csv", ".tsv"):
+        yield from _separated(path, columns, "," if kind == ".csv" else "\t")
+    elif kind in (".jsonl", ".ndjson"):
+        yield from _json_lines(path, columns)
+    elif kind == ".parquet":
+        yield from _parquet(path, columns, keep_all)
+    else:
+        raise UserError(f"{flag} {path}: the name must end in .csv, .tsv, .jsonl or .parquet")
