@@ -1,8 +1,9 @@
 """A prompt on disk: a PEFT adapter folder with `task.json` beside it.
 
     adapter_config.json         what PEFT needs to load it (modes `full` and `prefix`)
-    adapter_model.safetensors   `prompt_embeddings` [P, D]; in mode `deep`, which PEFT does not know,
-                                `kv` [L, 2, H, P, K] and `states` [P, D], and no adapter_config.json
+    adapter_model.safetensors   `prompt_embeddings` [P, D]; in mode `deep`, which PEFT does not
+                                know, `kv` [L, 2, H, P, K] and `states` [P, D], and no
+                                adapter_config.json
     task.json                   labels, words, template, mode, backbone, seeds, figures, temperature
 
 PEFT's own prompts and Google's prompt-tuning `.npy` files are read as well.
@@ -200,7 +201,7 @@ def _read_record(path: Path) -> TaskRecord:
         raise UserError(
             f"{path} has format {value['format']}, this version reads {FORMAT}: upgrade"
         )
-    unknown = set(value) - {f for f in TaskRecord.__dataclass_fields__}
+    unknown = set(value) - set(TaskRecord.__dataclass_fields__)
     if unknown:
         raise Failure(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
     record = TaskRecord(**value)

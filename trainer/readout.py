@@ -1,4 +1,4 @@
-"""From texts and a template to class scores: `[P; text; " It was <extra_id_0>."]`, one decoder pass.
+"""From texts and a template to class scores: `[P; text; " It was <extra_id_0>."]`, read once.
 
 The decoder reads `[pad, <extra_id_0>]`; the logits at its last position, for the C label words
 only, are the class scores (MetaPT's appendix; PPT, Gu et al. 2022).

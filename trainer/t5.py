@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class FrozenT5(nn.Module):
         """Token embeddings: [..., S] int64 -> [..., S, D]."""
         return self.model.shared(ids)
 
-    def _bias(self, stack: nn.Module, queries: Tensor, keys: Tensor, bidirectional: bool) -> Tensor:
+    def _bias(self, stack: Any, queries: Tensor, keys: Tensor, bidirectional: bool) -> Tensor:
         """Relative position bias [H, Q, K] for query and key positions [Q], [K]."""
         table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         bucket = relative_buckets(
@@ -240,7 +241,7 @@ class FrozenT5(nn.Module):
         """[G, R, Q, H*K] -> [G, R, H, Q, K]."""
         return projected.unflatten(-1, (self.heads, self.head_width)).transpose(2, 3)
 
-    def _cross(self, layer: nn.Module, hidden: Tensor, memory: list[Segment]) -> Tensor:
+    def _cross(self, layer: Any, hidden: Tensor, memory: list[Segment]) -> Tensor:
         """Cross-attention with absorbed projections: [G, R, Q, D] -> [G, R, Q, D]."""
         attention = layer.EncDecAttention
         heads, head_width = self.heads, self.head_width
