@@ -271,14 +271,14 @@ def load_task(
         form = text_column or task.text_format
         return load_examples(data, form, label_column, task.labels, split, task.drop)
     if task.vader is not None:
-        from trainer import vader
+        from trainer.vader import load as load_vader  # it builds on this module
 
-        examples = vader.load(task.vader, task.classes)
+        examples = load_vader(task.vader, task.classes)
         return examples if split is None else choose_split(examples, [None] * len(examples), split)
     if task.hub is not None:
-        from trainer import hub
+        from trainer.hub import load as load_rows
 
-        return _from_hub(task, hub.load(task.hub, split, task.name), split)
+        return _from_hub(task, load_rows(task.hub, split, task.name), split)
     raise UserError(f"task '{task.name}' has no data of its own: pass --data FILE")
 
 
