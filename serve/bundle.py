@@ -162,7 +162,7 @@ def _parse(folder: Path, path: Path, document: Any) -> Bundle:
             _check_path(name)
             need(isinstance(entry.get("bytes"), int), f"files: '{name}' has no size")
             need(isinstance(entry.get("sha256"), str), f"files: '{name}' has no hash")
-        for name in _graphs(header) + ["tokenizer.json"]:
+        for name in [*_graphs(header), "tokenizer.json"]:
             need(name in files, f"'{name}' is not among its files")
         bundle = Bundle(folder, header, {}, files)
         for name, record in document["tasks"].items():
@@ -273,7 +273,7 @@ def create(folder: str | Path, header: Mapping[str, Any]) -> Bundle:
         if path.is_file() and name not in ("bundle.json", ".lock"):
             _check_path(name)
             files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-    for name in _graphs(header) + ["tokenizer.json"]:
+    for name in [*_graphs(header), "tokenizer.json"]:
         need(name in files, f"{folder / name} does not exist: write it before the bundle is made")
     _write(Bundle(folder, dict(header), {}, files))
     return load(folder, verify=False)
@@ -284,7 +284,7 @@ def _write(bundle: Bundle) -> None:
     tasks = {}
     for name, task in bundle.tasks.items():
         tasks[name] = dataclasses.asdict(task)
-        del tasks[name]["name"]
+        del tasks[name]["name"], tasks[name]["arrays"]
     document |= {"tasks": tasks, "files": bundle.files}
     document = json.loads(json.dumps(document))  # numpy numbers and tuples fail or settle here
     document["checksum"] = _checksum(document)
@@ -295,7 +295,7 @@ def _write(bundle: Bundle) -> None:
 def _locked(folder: Path) -> Iterator[Bundle]:
     """The bundle, while no other writer can change it."""
     load(folder, verify=False)  # a clear error before a lock file appears in a wrong folder
-    with open(folder / ".lock", "w") as lock:
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield load(folder, verify=False)
 

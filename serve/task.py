@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from serve.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a task: also a URL segment and a file name
@@ -30,6 +32,8 @@ class Task:
     sha256: str = ""
     size_bytes: int = 0
     info: dict[str, Any] = field(default_factory=dict)  # validation figures, origin, ...
+    arrays: Mapping[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
+    """The prompt, where it lies in memory only; never written to `bundle.json`."""
 
 
 def need(condition: bool, message: str) -> None:
@@ -51,7 +55,7 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
     """
     check_name(name)
     known = {item.name for item in dataclasses.fields(Task)}
-    values = {key: value for key, value in record.items() if key in known and key != "name"}
+    values = {key: value for key, value in record.items() if key in known - {"name", "arrays"}}
     try:
         task = Task(name=name, **values)
     except TypeError as error:

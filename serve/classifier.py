@@ -1,0 +1,355 @@
+"""Classifying texts with a bundle: tokenize, run, read out.
+
+    classifier = Classifier("bundle")
+    classifier.classify(["Great!", "Awful."], task="film")
+
+One batch may hold rows of any tasks. Notation: B rows, N slots of the bank, P prompt tokens,
+D model width, L layers, H heads, K width of a head, C classes, S tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve import bundle as bundles
+from serve.bank import Bank, key_of
+from serve.engine import Engine, choose_providers, on_device, physical_cores
+from serve.errors import Failure, UserError
+from serve.plan import plan
+from serve.task import Task, make_task
+from serve.tokenize import Encoded, Encoder
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+_TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer for one text.
+
+    Attributes:
+        label: the most probable label.
+        score: its probability.
+        probabilities: of every label, after the task's temperature; they add up to 1.
+        truncated: whether the text was cut to fit.
+        task: the task's name.
+    """
+
+    label: str
+    score: float
+    probabilities: dict[str, float]
+    truncated: bool
+    task: str
+
+
+class Classifier:
+    """A bundle at work. Thread-safe: threads share the session and the bank.
+
+    Attributes:
+        tasks: by name; what `classify` takes. Do not change it, use `add_task` and `remove_task`.
+        encoder: texts to ids (the first of the three stages).
+        bank: the constants of the tasks in use.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        precision: str = "fp32",
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        token_budget: int = 4096,
+        max_rows: int = 64,
+        max_tokens: int | None = None,
+        bank_memory: int = 512 * MIB,
+        spin: bool = True,
+        verify: bool = True,
+    ) -> None:
+        """Args:
+            bundle: its folder.
+            precision: one of the bundle's.
+            threads: for the products of one batch; default: the physical cores.
+            providers: of onnxruntime; default: CUDA where it is there, otherwise the CPU.
+            token_budget: padded tokens of a batch, B x S; more gain nothing once the cores are
+                busy, and cost memory.
+            max_rows: rows of a batch; each takes a copy of its task's keys and values in a layer.
+            max_tokens: longest row with its template, at most the bundle's; longer texts are cut.
+            bank_memory: bytes that task constants may take (twice that while the bank grows).
+            spin: see `Engine`.
+            verify: hash every file of the bundle first.
+
+        Raises:
+            UserError: no such bundle, precision or provider, or a value out of range.
+            Failure: a damaged bundle, named by file.
+        """
+        self._bundle = bundles.load(bundle, verify=verify)
+        header = self._bundle.header
+        limit = header["max_tokens"]
+        if max_tokens is not None and not 1 <= max_tokens <= limit:
+            raise UserError(f"--max-tokens must be within 1 and {limit}, the bundle's own")
+        if token_budget < 1 or max_rows < 1 or (threads is not None and threads < 1):
+            raise UserError("--token-budget, --max-rows and --threads must be at least 1")
+        self.token_budget, self.max_rows = token_budget, max_rows
+        self.precision = precision
+        self._threads = threads or physical_cores()
+        self._providers = choose_providers(providers)
+        graph = self._bundle.graph(precision)
+        self._engine = Engine(graph, threads=self._threads, providers=self._providers, spin=spin)
+        log.info(
+            "%s: %s on %s, %d threads, %d tasks", self._bundle.folder, precision,
+            self._engine.device, self._threads, len(self._bundle.tasks),
+        )  # fmt: skip
+        self.encoder = Encoder(self._bundle.folder / "tokenizer.json", max_tokens or limit)
+        self._prefix: Engine | None = None
+        self._changing = threading.Lock()
+        self.tasks: dict[str, Task] = dict(self._bundle.tasks)
+        for task in self.tasks.values():
+            self._check_room(task)
+        self.bank = Bank(
+            self._slot_shapes(),
+            self._constants,
+            memory=bank_memory,
+            device=self._engine.device,
+            first_slots=max(1, len(self.tasks)),
+        )
+        self.max_tasks = self.bank.capacity  # of one batch
+
+    # ---- tasks -------------------------------------------------------------------------------
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = self.tasks.get(name)
+        if found is None:
+            raise UserError(f"no task '{name}': there are {', '.join(self.tasks) or 'none'}")
+        return found
+
+    def add_task(
+        self,
+        name: str,
+        record: Mapping[str, Any] | None = None,
+        prompt: np.ndarray | bundles.Arrays | None = None,
+    ) -> Task:
+        """Serve a task, or its new version, from now on. Texts under way keep the old version.
+
+        Args:
+            name: of the task.
+            record, prompt: as for `serve.bundle.add_task`, kept in memory only; without them the
+                task is read from the bundle's folder as it is now.
+
+        Raises:
+            UserError: the bundle has no such task, or record and prompt do not fit it.
+            Failure: its prompt is damaged.
+        """
+        with self._changing:
+            if record is None or prompt is None:
+                fresh = bundles.load(self._bundle.folder, verify=False)
+                if name not in fresh.tasks:
+                    raise UserError(
+                        f"{fresh.folder} has no task '{name}': it has "
+                        f"{', '.join(fresh.tasks) or 'none'}"
+                    )
+                task = fresh.tasks[name]
+                arrays = fresh.read_prompt(task)
+            else:
+                arrays = bundles.check_prompt(prompt, self._bundle)
+                digest = hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
+                values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
+                task = make_task(name, values, self._bundle.header)
+                task = replace(task, sha256=digest.hexdigest())
+            self._check_room(task)
+            held = replace(task, arrays=arrays)
+            with self.bank.lend([held]):  # so that its first request does not wait
+                self._replace(name, task if task.prompt else held)
+        return task
+
+    def remove_task(self, name: str) -> None:
+        """Stop serving a task; the bundle's folder stays as it is. Texts under way are answered.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        with self._changing:
+            self.task(name)
+            self._replace(name, None)
+
+    def warm(self) -> None:
+        """Fill the bank with as many tasks as fit and run each once, so that the first request
+        waits for neither."""
+        for task in list(self.tasks.values())[: self.bank.capacity]:
+            self.run([Encoded([*task.prefix_ids, *task.suffix_ids], False, task)])
+
+    def _replace(self, name: str, task: Task | None) -> None:
+        tasks = dict(self.tasks)  # readers keep the dict that they hold
+        old = tasks.pop(name, None)
+        if task is not None:
+            tasks[name] = task
+        self.tasks = tasks
+        if old is not None and (task is None or key_of(old) != key_of(task)):
+            self.bank.drop(old)
+
+    def _check_room(self, task: Task) -> None:
+        if self.encoder.room(task) < 1:
+            raise UserError(
+                f"--max-tokens {self.encoder.max_tokens} leaves no room for a text in task "
+                f"'{task.name}', whose template takes "
+                f"{len(task.prefix_ids) + len(task.suffix_ids)}"
+            )
+
+    # ---- the three stages --------------------------------------------------------------------
+
+    def classify(self, texts: Iterable[str], task: str | Sequence[str]) -> list[Result]:
+        """Classify texts, each by its task, in length-sorted batches under the token budget.
+
+        Args:
+            texts: any number; an empty text is classified by its template alone.
+            task: one task's name for all, or one name per text.
+
+        Returns:
+            One result per text, in the order of the texts.
+
+        Raises:
+            UserError: an unknown task, something that is not text, or lists of two lengths.
+        """
+        texts = list(texts)
+        names = [task] * len(texts) if isinstance(task, str) else list(task)
+        if len(names) != len(texts):
+            raise UserError(
+                f"{len(texts)} texts, but {len(names)} tasks: give one task, or as many"
+            )
+        for position, text in enumerate(texts):
+            check_text(text, f"text {position}")
+        tasks = {name: self.task(name) for name in dict.fromkeys(names)}
+        encoded = self.encoder.encode(texts, [tasks[name] for name in names]) if texts else []
+        results: list[Result | None] = [None] * len(texts)
+        for rows in plan(encoded, self.token_budget, self.max_rows, self.max_tasks):
+            for row, result in zip(rows, self.run([encoded[i] for i in rows]), strict=True):
+                results[row] = result
+        return [result for result in results if result is not None]
+
+    def run(self, batch: Sequence[Encoded]) -> list[Result]:
+        """Run one batch as it is and read it out.
+
+        Args:
+            batch: at least one row, of at most `max_tasks` different tasks.
+
+        Raises:
+            Failure: a prompt cannot be read, or onnxruntime fails.
+        """
+        return self.read_out(batch, self.logits(batch))
+
+    def logits(self, batch: Sequence[Encoded]) -> np.ndarray:
+        """The graph's answer for one batch: [B, C] float32, padded classes hugely negative."""
+        longest = max(len(row.ids) for row in batch)
+        input_ids = np.zeros((len(batch), longest), np.int64)
+        mask = np.zeros((len(batch), longest), np.int64)
+        for row, item in enumerate(batch):
+            input_ids[row, : len(item.ids)] = item.ids
+            mask[row, : len(item.ids)] = 1
+        order: dict[int, int] = {}  # id of the task object -> its place among the tasks
+        tasks: list[Task] = []
+        for item in batch:
+            if id(item.task) not in order:
+                order[id(item.task)] = len(tasks)
+                tasks.append(item.task)
+        with self.bank.lend(tasks) as view:
+            task_id = np.array([view.slots[order[id(item.task)]] for item in batch], np.int64)
+            feed = dict(view.inputs)
+            for name, value in zip(_TEXT_INPUTS, (input_ids, mask, task_id), strict=True):
+                feed[name] = on_device(value, self._engine.device)
+            return self._engine.run(feed)[0].astype(np.float32)
+
+    @staticmethod
+    def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:
+        """Probabilities and labels of one batch's logits [B, C]."""
+        heat = np.array([item.task.temperature for item in batch], np.float32)
+        scaled = logits / heat[:, None]
+        scaled -= scaled.max(axis=1, keepdims=True)
+        odds = np.exp(scaled)
+        odds /= odds.sum(axis=1, keepdims=True)
+        results = []
+        for item, row in zip(batch, odds.tolist(), strict=True):
+            labels = item.task.labels
+            best = max(range(len(labels)), key=row.__getitem__)
+            results.append(
+                Result(
+                    labels[best],
+                    row[best],
+                    dict(zip(labels, row, strict=False)),  # the row goes on with padded classes
+                    item.truncated,
+                    item.task.name,
+                )
+            )
+        return results
+
+    # ---- constants of a task -----------------------------------------------------------------
+
+    def _slot_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """The bank's inputs in this mode, with the shape of a slot and the graph's type."""
+        size, length = self._bundle.size, self._bundle.prompt_tokens
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self._bundle.mode == "full":
+            shapes["bank_prompts"] = (length, size("d_model"))
+        else:
+            layers, heads = size("num_layers"), size("num_heads")
+            shapes["bank_kv"] = (layers, 2, heads, length, size("d_kv"))
+            shapes["bank_states"] = (length, size("d_model"))
+        needed = {"input_ids", "task_id", "label_ids"} | set(shapes)
+        have = self._engine.inputs
+        unknown = set(have) - needed - {"attention_mask", "bank_length"}
+        if not needed <= set(have) or unknown:
+            raise Failure(
+                f"{self._engine.graph} takes {sorted(have)}, not what mode {self._bundle.mode} "
+                "gives it: export the bundle again"
+            )
+        return {name: (shape, have[name] or np.float32) for name, shape in shapes.items()}
+
+    def _constants(self, task: Task) -> dict[str, np.ndarray]:
+        """A task's arrays for the bank, from its prompt [p, D] padded on the left to [P, D]."""
+        arrays = task.arrays or self._bundle.read_prompt(task)
+        prompt = arrays["prompt_embeddings"]
+        gap = self._bundle.prompt_tokens - len(prompt)
+        length = np.array(len(prompt), np.int64)
+        padded = np.pad(prompt, ((gap, 0), (0, 0)))
+        if self._bundle.mode == "full":
+            return {"bank_prompts": padded, "bank_length": length}
+        if self._bundle.mode == "deep":
+            kv = np.pad(arrays["kv"], ((0, 0), (0, 0), (0, 0), (gap, 0), (0, 0)))
+            states = np.pad(arrays["states"], ((gap, 0), (0, 0)))
+        else:
+            feed = {"prompt": on_device(padded, "cpu"), "length": on_device(length, "cpu")}
+            kv, states = self._prefix_engine().run(feed)[:2]
+        return {"bank_kv": kv, "bank_states": states, "bank_length": length}
+
+    def _prefix_engine(self) -> Engine:
+        # Made at the first need; it shares the weights file, which is mapped, not copied.
+        if self._prefix is None:
+            path = self._bundle.folder / self._bundle.header["prefix_graph"]
+            self._prefix = Engine(path, threads=self._threads, providers=["CPUExecutionProvider"])
+        return self._prefix
+
+
+def check_text(text: Any, where: str) -> None:
+    """Raises: UserError when `text` is not a string that has a UTF-8 form."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} is not text but {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} holds half of a surrogate pair, which is no character"
+            ) from None

@@ -1,0 +1,117 @@
+"""onnxruntime sessions: which device, how many threads, and one-line errors for what fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from serve.errors import Failure, UserError
+
+log = logging.getLogger(__name__)
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+def physical_cores() -> int:
+    """The cores that this process may use: hyper-threads counted once, CPU affinity and the
+    container's CPU quota (cgroup v2) respected. A second thread on a core slows a matrix product.
+    """
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.is_file() else str(cpu))
+    cores = len(siblings)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def choose_providers(wanted: Sequence[str] | None) -> list[str]:
+    """The execution providers to use: `wanted`, or CUDA where it is there, and the CPU after it.
+
+    Raises:
+        UserError: a provider is wanted that this onnxruntime does not have.
+    """
+    available = ort.get_available_providers()
+    if wanted is None:
+        return [CUDA, CPU] if CUDA in available else [CPU]
+    for name in wanted:
+        if name not in available:
+            raise UserError(
+                f"onnxruntime has no provider '{name}' here: it has {', '.join(available)}; "
+                'for CUDA, pip install "onnxruntime-gpu" in place of "onnxruntime"'
+            )
+    return [*wanted, CPU] if CPU not in wanted else list(wanted)
+
+
+class Engine:
+    """One graph that can be run from any number of threads.
+
+    Attributes:
+        inputs: the graph's input names, with their numpy type.
+        device: `cuda` or `cpu`, where the graph runs and where the bank should lie.
+    """
+
+    def __init__(
+        self, graph: Path, *, threads: int, providers: Sequence[str], spin: bool = True
+    ) -> None:
+        """Args:
+            graph: the .onnx file; its weights are found beside it.
+            threads: threads inside an operator.
+            providers: in the order of preference.
+            spin: let idle threads spin for the next operator. Fastest for a process that only
+                classifies; a server has better use for the cores between two batches.
+
+        Raises:
+            Failure: onnxruntime does not load the graph.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        options.log_severity_level = 3  # errors; they also come as exceptions
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
+        except Exception as error:  # onnxruntime's errors share no base class
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Failure(f"onnxruntime cannot load {graph} ({first}): export it again") from error
+        self.graph = graph
+        self.device = "cuda" if CUDA in self._session.get_providers() else "cpu"
+        self.inputs = {item.name: DTYPES.get(item.type) for item in self._session.get_inputs()}
+        self.outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, feed: Mapping[str, ort.OrtValue]) -> list[np.ndarray]:
+        """Run the graph; inputs that it does not have are left out of `feed`.
+
+        Raises:
+            Failure: onnxruntime fails, for example for want of memory.
+        """
+        given = {name: value for name, value in feed.items() if name in self.inputs}
+        try:
+            outputs = self._session.run_with_ort_values(self.outputs, given)
+        except Exception as error:  # as above
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Failure(f"running {self.graph} failed: {first}") from error
+        return [value.numpy() for value in outputs]
+
+
+def on_device(array: np.ndarray, device: str) -> ort.OrtValue:
+    """`array` as a graph's input: the same memory on the CPU, a copy on a GPU."""
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)

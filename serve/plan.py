@@ -1,0 +1,43 @@
+"""Which texts run together: batches of like lengths under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.tokenize import Encoded
+
+
+def plan(
+    encoded: Sequence[Encoded], token_budget: int, max_rows: int, max_tasks: int
+) -> list[list[int]]:
+    """Split texts into batches whose padded size, rows x longest row, is within the budget.
+
+    Args:
+        encoded: the texts.
+        token_budget: padded tokens of a batch; a longer text runs alone.
+        max_rows: rows of a batch.
+        max_tasks: different tasks of a batch.
+
+    Returns:
+        Positions in `encoded`, each once: the longest texts first, so that memory peaks at once
+        and not at the end.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
+    batches: list[list[int]] = []
+    longest, tasks = 0, set[int]()
+    for index in order:
+        item = encoded[index]
+        grown = len(batches[-1]) + 1 if batches else 1
+        fits = (
+            bool(batches)
+            and grown <= max_rows
+            and grown * longest <= token_budget
+            and (id(item.task) in tasks or len(tasks) < max_tasks)
+        )
+        if fits:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            longest, tasks = len(item.ids), set()
+        tasks.add(id(item.task))
+    return batches
