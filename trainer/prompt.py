@@ -85,11 +85,17 @@ class Prompt:
         return sum(value.numel() * value.element_size() for value in self.params.values())
 
 
-def save_prompt(prompt: Prompt, folder: str | Path, backbone: Backbone | None = None) -> None:
+def save_prompt(
+    prompt: Prompt,
+    folder: str | Path,
+    backbone: Backbone | None = None,
+    extras: dict[str, str] | None = None,
+) -> None:
     """Write the folder, whole or not at all.
 
     Args:
         backbone: fills the record's backbone fields and PEFT's head and layer counts.
+        extras: further text files by name, such as `run.json` and `metrics.jsonl`.
     """
     task = prompt.task
     if backbone is not None:
@@ -105,6 +111,8 @@ def save_prompt(prompt: Prompt, folder: str | Path, backbone: Backbone | None = 
         if "prompt_embeddings" in tensors:
             config = peft_config(prompt, backbone)
             (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, text in (extras or {}).items():
+            (temporary / name).write_text(text, "utf-8")
 
 
 def peft_config(prompt: Prompt, backbone: Backbone | None) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def load_prompt(path: str | Path) -> Prompt:
         raise UserError(f"{path} holds no {WEIGHTS}: it is not a prompt folder")
     params = _read_tensors(path / WEIGHTS)
     if (path / "task.json").is_file():
-        task = _read_record(path / "task.json")
+        task = read_record(path / "task.json")
         wanted = {"kv", "states"} if task.mode == "deep" else {"prompt_embeddings"}
         if set(params) != wanted:
             raise Failure(
@@ -193,7 +201,12 @@ def _read_tensors(path: Path) -> Params:
     return {name: value.to(torch.float32) for name, value in params.items()}
 
 
-def _read_record(path: Path) -> TaskRecord:
+def read_record(path: Path) -> TaskRecord:
+    """Read a `task.json`.
+
+    Raises:
+        Failure: it is damaged. UserError: it is of a newer format.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
         raise Failure(f"{path} must hold a JSON object: it is damaged, train the prompt again")
@@ -205,7 +218,7 @@ def _read_record(path: Path) -> TaskRecord:
     if unknown:
         raise Failure(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
     record = TaskRecord(**value)
-    if record.mode not in MODES:
+    if record.mode not in (*MODES, "none"):  # none: a fully tuned model
         raise Failure(f"{path}: mode '{record.mode}' is unknown, there are {', '.join(MODES)}")
     if len(record.labels) != len(record.words):
         raise Failure(f"{path}: {len(record.labels)} labels but {len(record.words)} label words")

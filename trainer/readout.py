@@ -118,8 +118,8 @@ def encode_texts(
     return [[*template.before, *piece[:room], *template.after] for piece in pieces]
 
 
-def collate(rows: Sequence[Sequence[int]], labels: Sequence[int] | Tensor | None = None) -> Batch:
-    """Pad rows on the right with 0, T5's pad token."""
+def collate(rows: Sequence[Sequence[int]], labels: Any = None) -> Batch:
+    """Pad rows on the right with 0, T5's pad token; labels: int [B], of any kind."""
     length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     for index, row in enumerate(rows):

@@ -1,0 +1,122 @@
+"""Full tuning (appendix A.1), the baseline: every weight learns, and there is no prompt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve.cli import option
+from serve.files import atomic_folder
+from trainer.backbone import Backbone
+from trainer.data import Examples
+from trainer.figures import figures, fit_temperature
+from trainer.loop import Loop, Schedule
+from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.prompt import TaskRecord
+from trainer.rows import Rows, Scorer
+from trainer.runs import METRICS_FILE, RUN_FILE, record
+from trainer.tasks import Task
+from trainer.tune import Sampling, draw, epoch_stream, prompt_gradient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(BackboneOptions, TaskOptions, Sampling):
+    """Full tuning of the backbone on a task, without a prompt (appendix A.1).
+
+    Writes a Hugging Face model folder with `task.json` beside it; `evaluate --model` reads it.
+    """
+
+    out: str = option(help="folder of the tuned model")
+    rate: float = option(3e-4, help="AdamW's learning rate", minimum=0)
+    warmup: int = option(20, help="steps of linear warm-up", minimum=0)
+    batch: int = option(4, help="samples a batch", minimum=1)
+    accumulation: int = option(8, help="batches a step; they run as one product", minimum=1)
+    epochs: int = option(200, help="epochs at most", minimum=1)
+    patience: int = option(6, help="epochs without a better accuracy or loss", minimum=1)
+
+    examples = ["--task sst2 --out runs/sst2-full"]
+
+
+def finetune(
+    backbone: Backbone,
+    task: Task,
+    train: Examples,
+    validation: Examples,
+    config: Any,
+    *,
+    checkpoint: Path | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+    quiet: bool = False,
+) -> Loop:
+    """Tune all weights of `backbone` (loaded with `trainable=True`) in place.
+
+    The best weights on the validation samples are in the backbone when it returns.
+    """
+    scorer = Scorer.of(backbone, task, "none")
+    params = dict(backbone.t5.model.named_parameters())
+    rows = Rows(backbone, task.template, train.texts, train.labels, config.max_tokens)
+    held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)
+    samples = config.batch * config.accumulation
+    steps = max(1, math.ceil(config.epochs * len(train) / samples))
+    schedule = Schedule(
+        steps=steps, rate=config.rate, warmup=min(config.warmup, steps // 2), decay=True,
+        evaluate_every=max(1, round(len(train) / samples)), patience=config.patience, clip=1.0,
+    )  # fmt: skip
+    loop = Loop(
+        params,
+        lambda step: prompt_gradient(
+            scorer, {}, rows.batch(epoch_stream(len(rows), samples, config.seed, step))
+        ),
+        lambda: scorer.score({}, held),
+        schedule,
+        checkpoint=checkpoint, fingerprint=fingerprint, label="finetune", watch=watch, quiet=quiet,
+    )  # fmt: skip
+    best = loop.run()
+    with torch.no_grad():
+        for name, value in params.items():
+            value.copy_(best[name])
+    return loop
+
+
+def run_finetune(config: FinetuneConfig) -> None:
+    """`python -m trainer finetune`."""
+    out = output_folder(config.out)
+    task = config.resolve_task()
+    train, validation = draw(config, task, config.load(task, "train"))
+    backbone = config.load_backbone(trainable=True)
+    run = record("finetune", config, backbone_sha256=backbone.sha256)
+    loop = finetune(
+        backbone, task, train, validation, config,
+        checkpoint=checkpoint_folder(out), fingerprint=run,
+    )  # fmt: skip
+    held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)
+    scores = Scorer.of(backbone, task, "none").all({}, held)
+    temperature = fit_temperature(scores, torch.from_numpy(held.labels))
+    result = figures(scores, held.labels, task.labels, temperature)
+    task_record = TaskRecord(
+        name=task.name, labels=list(task.labels), words=list(task.words), template=task.template,
+        mode="none", backbone=backbone.name, backbone_sha256=None, max_tokens=config.max_tokens,
+        temperature=temperature, method="finetune", seed=config.seed,
+        figures={"validation_accuracy": result["accuracy"], "steps": loop.state.step},
+    )  # fmt: skip
+    with atomic_folder(out) as folder:
+        backbone.t5.model.save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
+        (folder / "task.json").write_text(json.dumps(asdict(task_record), indent=2) + "\n", "utf-8")
+        (folder / METRICS_FILE).write_text(loop.metrics_text())
+        (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+    loop.clean_up()
+    log.info(
+        "%s: validation accuracy %.3f after %d steps; model in %s",
+        task.name, result["accuracy"], loop.state.step, out,
+    )  # fmt: skip

@@ -1,0 +1,293 @@
+"""The loop that all training shares: steps, evaluation, patience, checkpoints, resume.
+
+Every random draw of a method is a function of (seed, step), never of a generator's past, so a run
+that is killed and resumed takes the same steps as one that is not, and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from serve.errors import Failure, UserError
+from serve.files import atomic_folder
+from trainer.modes import Params
+from trainer.runs import METRICS_FILE
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0  # a kill costs at most this much work
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each tensor
+
+
+@dataclass
+class Score:
+    """An evaluation: `accuracy` decides what is best, `loss` decides between equals."""
+
+    accuracy: float
+    loss: float
+
+    def better_than(self, other: Score | None) -> bool:
+        """Whether this is the new best."""
+        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+@dataclass
+class Schedule:
+    """Steps, rates and patience of a run.
+
+    Attributes:
+        steps: optimizer steps at most.
+        rate: AdamW's learning rate; weight_decay: its decoupled weight decay.
+        warmup: steps of linear warm-up; decay: whether the rate then falls linearly to zero.
+        evaluate_every: steps between evaluations.
+        patience: evaluations without a better accuracy or loss after which the run stops.
+        clip: largest norm of the gradient, None for no clipping.
+    """
+
+    steps: int
+    rate: float
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: bool = False
+    evaluate_every: int = 500
+    patience: int = 6
+    clip: float | None = None
+
+    def factor(self, step: int) -> float:
+        """The share of `rate` that step `step` (from 0) uses."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if not self.decay:
+            return 1.0
+        return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    best: Score | None = None
+    best_step: int = 0
+    lowest_loss: float = math.inf
+    stale: int = 0  # evaluations since accuracy or loss last improved
+    finished: bool = False
+    seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_rate(rate: float, steps: int, params: Params, flag: str = "--rate") -> None:
+    """Refuse a learning rate that cannot move a prompt (google-research/prompt-tuning#151).
+
+    AdamW moves a number by about its rate a step, so `rate * steps` bounds how far a run can go.
+
+    Raises:
+        UserError: that is under one per cent of the prompt's own size.
+    """
+    size = math.sqrt(sum(float(value.double().pow(2).sum()) for value in params.values()))
+    size /= math.sqrt(sum(value.numel() for value in params.values()))
+    if rate * steps < 0.01 * size:
+        raise UserError(
+            f"{flag} {rate:g} over {steps} steps moves a prompt's numbers by at most "
+            f"{rate * steps:.1g}, but they are {size:.2g} in size: it would stay where it starts. "
+            "Try 3e-3"
+        )
+
+
+class Loop:
+    """Trains a dictionary of tensors with AdamW.
+
+    Args:
+        params: leaf tensors that require gradients; they are changed in place.
+        gradient: called with the step's number; fills `.grad` of the tensors and returns what the
+            step measured (loss, accuracy), for the progress bar and the metrics file.
+        evaluate: gives the score of the tensors as they are.
+        schedule: see `Schedule`.
+        checkpoint: folder for checkpoints; None for none.
+        fingerprint: what must be equal for a checkpoint to be continued (the configuration).
+        label: shown by the progress bar.
+        watch: called after each evaluation with (step, metrics); may raise to stop the run.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        gradient: Callable[[int], dict[str, float]],
+        evaluate: Callable[[], Score],
+        schedule: Schedule,
+        *,
+        checkpoint: Path | None = None,
+        fingerprint: dict[str, Any] | None = None,
+        label: str = "train",
+        watch: Callable[[int, dict[str, float]], None] | None = None,
+        quiet: bool = False,
+    ):
+        self.params, self.gradient, self.evaluate = params, gradient, evaluate
+        self.schedule, self.checkpoint = schedule, checkpoint
+        self.fingerprint = json.loads(json.dumps(fingerprint or {}))
+        self.label, self.watch, self.quiet = label, watch, quiet
+        self.state = State()
+        self.best: Params = {name: value.detach().clone() for name, value in params.items()}
+        self.optimizer = torch.optim.AdamW(
+            list(params.values()), lr=schedule.rate, weight_decay=schedule.weight_decay
+        )
+
+    def run(self) -> Params:
+        """Train to the end and return the best tensors seen. Resumes where a checkpoint stands."""
+        resumed = self._restore()
+        if resumed:
+            log.info("resuming %s at step %d", self.label, self.state.step)
+        schedule, state = self.schedule, self.state
+        started, saved = time.monotonic() - state.seconds, time.monotonic()
+        bar = tqdm(
+            total=schedule.steps, initial=state.step, desc=self.label, unit="step",
+            disable=self.quiet or None, leave=False,
+        )  # fmt: skip
+        try:
+            if state.step == 0 and state.best is None:
+                self._evaluate({}, bar)  # the start counts too: training may never beat it
+            while state.step < schedule.steps and not state.finished:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = schedule.rate * schedule.factor(state.step)
+                self.optimizer.zero_grad(set_to_none=True)
+                measured = self.gradient(state.step)
+                if not math.isfinite(measured["loss"]):
+                    raise Failure(
+                        f"the loss is {measured['loss']} at step {state.step}: lower the learning "
+                        "rate and start again"
+                    )
+                if schedule.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(list(self.params.values()), schedule.clip)
+                self.optimizer.step()
+                state.step += 1
+                bar.update()
+                bar.set_postfix(self._shown(measured), refresh=False)
+                if state.step % schedule.evaluate_every == 0 or state.step == schedule.steps:
+                    self._evaluate(measured, bar)
+                state.seconds = time.monotonic() - started
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+        except BaseException:
+            if state.step:
+                self._save()
+            raise
+        finally:
+            bar.close()
+        return self.best
+
+    def clean_up(self) -> None:
+        """Remove the checkpoint, once the result is written."""
+        if self.checkpoint is not None:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def metrics_text(self) -> str:
+        """The metrics as JSON lines: step, loss, accuracy, validation figures, rate."""
+        return "".join(json.dumps(line) + "\n" for line in self.state.metrics)
+
+    def _shown(self, measured: dict[str, float]) -> dict[str, str]:
+        shown = {name: f"{value:.3f}" for name, value in measured.items()}
+        if self.state.best is not None:
+            shown["best"] = f"{self.state.best.accuracy:.3f}"
+        return shown
+
+    def _evaluate(self, measured: dict[str, float], bar: tqdm[Any]) -> None:
+        state = self.state
+        score = self.evaluate()
+        improved = score.loss < state.lowest_loss or (
+            state.best is None or score.accuracy > state.best.accuracy
+        )
+        state.lowest_loss = min(state.lowest_loss, score.loss)
+        if score.better_than(state.best):
+            state.best, state.best_step = score, state.step
+            for name, value in self.params.items():
+                self.best[name].copy_(value.detach())
+        # A warm-up hardly moves the prompt; counting it would end a run before it begins.
+        if improved or state.step <= self.schedule.warmup:
+            state.stale = 0
+        else:
+            state.stale += 1
+        state.finished = state.stale >= self.schedule.patience
+        line = {
+            "step": state.step,
+            **measured,
+            "validation_accuracy": score.accuracy,
+            "validation_loss": score.loss,
+            "rate": self.schedule.rate * self.schedule.factor(max(0, state.step - 1)),
+        }
+        state.metrics.append(line)
+        bar.set_postfix(self._shown(measured), refresh=False)
+        if self.watch is not None:
+            self.watch(state.step, line)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.params.items():
+            tensors[f"params/{name}"] = value.detach()
+            tensors[f"best/{name}"] = self.best[name]
+            for moment, tensor in self.optimizer.state.get(value, {}).items():
+                tensors[f"{moment}/{name}"] = tensor
+        state = self.state
+        record = {
+            "fingerprint": self.fingerprint,
+            **{key: value for key, value in vars(state).items() if key != "best"},
+            "best": None if state.best is None else vars(state.best),
+            "lowest_loss": None if math.isinf(state.lowest_loss) else state.lowest_loss,
+        }
+        with atomic_folder(self.checkpoint) as folder:
+            save_file(
+                {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "state.safetensors"
+            )
+            (folder / "state.json").write_text(json.dumps(record))
+            (folder / METRICS_FILE).write_text(self.metrics_text())
+
+    def _restore(self) -> bool:
+        if self.checkpoint is None or not (self.checkpoint / "state.json").is_file():
+            return False
+        try:
+            record = json.loads((self.checkpoint / "state.json").read_text())
+            tensors = load_file(self.checkpoint / "state.safetensors")
+        except (ValueError, OSError, SafetensorError) as error:
+            raise Failure(
+                f"checkpoint {self.checkpoint} is damaged ({error}): remove it to start anew"
+            ) from None
+        if record.pop("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"checkpoint {self.checkpoint} is of a run with other settings: repeat those, pass "
+                "another --out, or remove the folder to start anew"
+            )
+        best, lowest = record.pop("best"), record.pop("lowest_loss")
+        self.state = State(**record)
+        self.state.best = None if best is None else Score(**best)
+        self.state.lowest_loss = math.inf if lowest is None else lowest
+        with torch.no_grad():
+            for name, value in self.params.items():
+                value.copy_(tensors[f"params/{name}"])
+                self.best[name].copy_(tensors[f"best/{name}"])
+                if f"step/{name}" in tensors:
+                    self.optimizer.state[value] = {
+                        # AdamW keeps its step count on the CPU; the moments follow the weights.
+                        moment: tensors[f"{moment}/{name}"].to(
+                            "cpu" if moment == "step" else value.device
+                        )
+                        for moment in _MOMENTS
+                    }
+        return True

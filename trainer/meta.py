@@ -1,0 +1,169 @@
+"""MetaPT (Huang, Qian, Yu): MAML over clusters of texts finds where a soft prompt should start.
+
+For each cluster, a task, `samples` support and `samples` query texts are drawn. The inner step is
+plain gradient descent on the support loss of a task (equation 1),
+
+    P_t = P - alpha * grad_P L_t^support(P),
+
+and the outer step is AdamW on the sum of the tasks' query losses after it (equation 2),
+
+    P <- P - beta * grad_P sum_t L_t^query(P_t).
+
+A prompt is an input, not a weight: P is expanded to one copy a task, all tasks' support rows run in
+one forward, the gradient with respect to the copies is taken, and so on for the query rows. That is
+the exact second-order gradient in two forwards, without a loop over tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.modes import Params, add_group
+from trainer.readout import Batch
+
+# (params with a leading task axis [T, ...], batch of T x M rows) -> class scores [T*M, C]
+ScoreFn = Callable[[Params, Batch], Tensor]
+
+
+@dataclass
+class Outcome:
+    """What an outer step measured: query loss (mean per row) and accuracy, before and after."""
+
+    loss: float
+    accuracy: float
+    support_loss: float
+
+
+def task_losses(scores: Tensor, labels: Tensor, tasks: int) -> Tensor:
+    """Cross-entropy, mean over the rows of each task: [T*M, C], [T*M] -> [T]."""
+    losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+    return losses.view(tasks, -1).mean(1)
+
+
+def adapt(
+    score: ScoreFn,
+    copies: Params,
+    support: Batch,
+    *,
+    inner_rate: float | Params,
+    inner_steps: int = 1,
+    second_order: bool = True,
+) -> tuple[Params, Tensor]:
+    """Equation 1, for all tasks at once.
+
+    Args:
+        score: class scores of a batch under grouped parameters.
+        copies: the parameters with a leading task axis [T, ...].
+        support: T x M rows, ordered by task.
+        inner_rate: alpha; or one tensor a parameter that broadcasts to it (Meta-SGD, Li et al.
+            2017), which the outer step may train.
+        inner_steps: how often equation 1 is applied.
+        second_order: keep the graph of the inner gradients, so that the outer gradient is exact.
+
+    Returns:
+        The adapted copies and the support losses [T] of the first step.
+    """
+    assert support.labels is not None
+    tasks = next(iter(copies.values())).shape[0]
+    first: Tensor | None = None
+    for _ in range(inner_steps):
+        losses = task_losses(score(copies, support), support.labels, tasks)
+        first = losses.detach() if first is None else first
+        # A task's loss depends on its own copy only, so the gradient of the sum is every task's.
+        gradients = torch.autograd.grad(
+            losses.sum(), list(copies.values()), create_graph=second_order
+        )
+        copies = {
+            name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
+            for (name, value), grad in zip(copies.items(), gradients, strict=True)
+        }
+    assert first is not None
+    return copies, first
+
+
+def outer_gradient(
+    score: ScoreFn,
+    params: Params,
+    support: Batch,
+    query: Batch,
+    tasks: int,
+    *,
+    inner_rate: float | Params,
+    inner_steps: int = 1,
+    second_order: bool = True,
+) -> Outcome:
+    """Equation 2: add the gradient of the summed query losses to `.grad` of the parameters.
+
+    Args:
+        params: leaf tensors without a task axis.
+        support, query: T x M rows each, ordered by task.
+        tasks: T.
+    """
+    assert query.labels is not None
+    copies = add_group(params, tasks)
+    adapted, support_losses = adapt(
+        score, copies, support,
+        inner_rate=inner_rate, inner_steps=inner_steps, second_order=second_order,
+    )  # fmt: skip
+    scores = score(adapted, query)
+    losses = task_losses(scores, query.labels, tasks)
+    losses.sum().backward()
+    accuracy = (scores.argmax(-1) == query.labels).float().mean()
+    return Outcome(float(losses.detach().mean()), float(accuracy), float(support_losses.mean()))
+
+
+class TaskSampler:
+    """Draws support and query rows of each cluster.
+
+    Args:
+        clusters: int [N], the cluster of each row; labels: int [N].
+        samples: M, rows of support and as many of query for each task.
+        balanced: draw the classes of a task's support and query evenly instead of at random.
+    """
+
+    def __init__(
+        self, clusters: np.ndarray, labels: np.ndarray, samples: int, *, balanced: bool = False
+    ):
+        self.names = np.unique(clusters)
+        self.members = [np.flatnonzero(clusters == name) for name in self.names]
+        self.labels, self.samples, self.balanced = labels, samples, balanced
+        self.small = [
+            int(name)
+            for name, rows in zip(self.names, self.members, strict=True)
+            if len(rows) < 2 * samples
+        ]
+
+    @property
+    def tasks(self) -> int:
+        """T, the number of clusters."""
+        return len(self.members)
+
+    def draw(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of support and query, [T*M] each, a function of (seed, step) alone."""
+        generator = np.random.default_rng([seed, step])
+        support, query = [], []
+        for rows in self.members:
+            if self.balanced:
+                chosen = self._balanced(rows, generator)
+            else:
+                chosen = generator.choice(rows, 2 * self.samples, replace=False)
+            support.append(chosen[: self.samples])
+            query.append(chosen[self.samples :])
+        return np.concatenate(support), np.concatenate(query)
+
+    def _balanced(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """2M rows in which the classes take turns; a class that runs out is skipped."""
+        order = generator.permutation(rows)
+        turn = np.zeros(len(order), dtype=np.int64)
+        for label in np.unique(self.labels[order]):
+            where = np.flatnonzero(self.labels[order] == label)
+            turn[where] = np.arange(len(where))
+        # By turn first; among the rows of one turn at random, so no class leads every draw.
+        picked = order[np.lexsort((generator.random(len(order)), turn))][: 2 * self.samples]
+        # Alternate rows, so that support and query each hold the classes evenly.
+        return np.concatenate((picked[0::2], picked[1::2]))

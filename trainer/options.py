@@ -1,0 +1,127 @@
+"""Settings that several commands share, as dataclasses to inherit from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from serve.cli import option
+from serve.errors import UserError
+from trainer.backbone import Backbone, load_backbone
+from trainer.data import Examples, load_task
+from trainer.modes import MODES
+from trainer.tasks import Task, get_task, task_from_file
+
+
+@dataclass(kw_only=True)
+class BackboneOptions:
+    """Which frozen T5, where it runs, and how it is steered."""
+
+    backbone: str = option("mini", help="a Hugging Face id, a folder, or mini, which ships")
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1 ...")
+    max_tokens: int = option(
+        128, help="longest input, the template included; text is cut, never the template", minimum=8
+    )
+    seed: int = option(1, help="seed of every random draw", minimum=0)
+
+    def load_backbone(self, *, trainable: bool = False) -> Backbone:
+        """The backbone on its device."""
+        return load_backbone(self.backbone, device=pick_device(self.device), trainable=trainable)
+
+
+@dataclass(kw_only=True)
+class PromptOptions(BackboneOptions):
+    """How the prompt looks."""
+
+    mode: str = option(
+        "prefix", choices=MODES,
+        help="attention mode: full is the paper's, prefix costs nothing when served, deep trains "
+        "the keys and values themselves",
+    )  # fmt: skip
+    prompt_tokens: int = option(100, help="P, the number of prompt tokens (paper: 100)", minimum=1)
+
+
+@dataclass(kw_only=True)
+class TaskOptions:
+    """Which task, and where its rows are."""
+
+    task: str | None = option(None, help="a registered task (see `tasks`)")
+    data: str | None = option(None, help="a local CSV, TSV, JSONL or Parquet file", metavar="FILE")
+    data_dir: str | None = option(
+        None, help="a folder of files named after the tasks, used in place of the hub",
+        metavar="FOLDER",
+    )  # fmt: skip
+    text_column: str | None = option(None, help="column of the texts (default: the task's)")
+    label_column: str = option("label", help="column of the labels")
+    labels: list[str] = option([], help="names of the classes, in the order of their numbers")
+    words: list[str] = option([], help="label word of each class; each one token of the backbone")
+    template: str | None = option(None, help="what the model reads, with {text} and <extra_id_0>")
+
+    def resolve_task(self) -> Task:
+        """The task that is meant.
+
+        Raises:
+            UserError: neither --task nor --data is given, or they are wrong.
+        """
+        from dataclasses import replace
+
+        if self.task is not None:
+            task = get_task(self.task)
+        elif self.data is not None:
+            extra = {} if self.template is None else {"template": self.template}
+            task = task_from_file(
+                self.data, self.text_column or "text", self.label_column,
+                self.labels or None, self.words or None, **extra,
+            )  # fmt: skip
+        else:
+            raise UserError("--task or --data is missing: name a registered task or a local file")
+        if self.labels:
+            task = replace(task, labels=tuple(self.labels))
+        if self.words:
+            task = replace(task, words=tuple(self.words))
+        if self.template:
+            task = replace(task, template=self.template)
+        return task
+
+    def load(self, task: Task, split: str | None) -> Examples:
+        """The task's rows of a split (None for all)."""
+        return load_task(
+            task, split, data=self.data, data_dir=self.data_dir,
+            text_column=self.text_column, label_column=self.label_column,
+        )  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device is visible here; use --device cpu")
+    return device
+
+
+def output_folder(out: str) -> Path:
+    """Where a command writes, checked before the work starts.
+
+    Raises:
+        UserError: it is a file.
+    """
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {out} is a file, but a folder is written: pass another --out")
+    return path
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Beside the result, so that the result itself appears whole or not at all."""
+    return out.with_name(out.name + ".checkpoint")

@@ -1,0 +1,327 @@
+"""Training on source data: MetaPT over its clusters, PPT over all of it at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from serve.cli import option
+from serve.errors import UserError
+from trainer.backbone import Backbone
+from trainer.initial import initial_params
+from trainer.loop import Loop, Schedule, Score, check_rate
+from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
+from trainer.modes import Params, add_group
+from trainer.options import PromptOptions, checkpoint_folder, output_folder
+from trainer.prompt import DEFAULT_TEMPLATE, Prompt, TaskRecord, save_prompt
+from trainer.rows import Rows, Scorer
+from trainer.runs import METRICS_FILE, RUN_FILE, record
+from trainer.tables import iterate_rows
+from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS
+from trainer.tune import epoch_stream, prompt_gradient
+
+log = logging.getLogger(__name__)
+
+_WORDS = {2: TWO_WORDS, 3: THREE_WORDS, 5: FIVE_WORDS}
+_EPISODES = 8  # validation episodes a cluster: enough to see a point's difference, quick to run
+
+
+@dataclass(kw_only=True)
+class SourceOptions(PromptOptions):
+    """What `meta` and `pretrain` share."""
+
+    data: str = option(help="the Parquet file that `cluster` wrote", metavar="FILE")
+    out: str = option(help="folder of the prompt")
+    init: str = option("vocab", help="random, vocab, or a prompt folder")
+    words: list[str] = option([], help="label word of each class (default: by their number)")
+    template: str = option(DEFAULT_TEMPLATE, help="what the model reads")
+    steps: int = option(20_000, help="outer steps at most (A.3)", minimum=1)
+    evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
+    patience: int = option(6, help="evaluations without a better score (A.3)", minimum=1)
+    validation_share: float = option(
+        0.1, help="share of each cluster's rows held out for evaluation", minimum=0.01, maximum=0.5
+    )
+
+
+@dataclass(kw_only=True)
+class MetaConfig(SourceOptions):
+    """MetaPT: meta-train a prompt over clusters of texts (section 4.3).
+
+    Exact second-order MAML. The best prompt on held-out rows of the clusters is kept.
+    """
+
+    inner_rate: float = option(0.08, help="alpha, plain gradient descent (A.3)", minimum=0)
+    rate: float = option(0.025, help="beta, AdamW (A.3)", minimum=0)
+    samples: int = option(4, help="M, support rows a task, and as many query rows", minimum=1)
+    inner_steps: int = option(1, help="inner steps (equation 1) a task", minimum=1)
+    order: str = option("second", help="second is exact MAML", choices=("second", "first"))
+    balanced: bool = option(False, help="draw the classes of support and query evenly")
+
+    examples = [
+        "--data runs/clusters.parquet --out runs/metapt",
+        "--data runs/clusters.parquet --out runs/fomaml --order first --steps 2000",
+    ]
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(SourceOptions):
+    """PPT: pre-train a prompt on the source data without clusters (A.2)."""
+
+    rate: float = option(0.025, help="AdamW's learning rate", minimum=0)
+    batch: int = option(80, help="rows a step; as many as MetaPT's ten tasks of 4 + 4", minimum=1)
+
+    examples = ["--data runs/clusters.parquet --out runs/ppt"]
+
+
+@dataclass
+class SourceData:
+    """Clustered, labelled source texts.
+
+    Attributes:
+        texts: N; labels, clusters: int [N]; classes: C.
+    """
+
+    texts: list[str]
+    labels: np.ndarray
+    clusters: np.ndarray
+    classes: int
+
+
+def read_source(path: str, *, clustered: bool) -> SourceData:
+    """Read what `cluster` (or, for PPT, `label`) wrote.
+
+    Raises:
+        UserError: a column is missing, or there are no rows or only one class.
+    """
+    columns = ["text", "label", *(["cluster"] if clustered else [])]
+    rows = [row for _, row in iterate_rows(path, columns, keep_all=False)]
+    if not rows:
+        raise UserError(f"--data {path} has no rows: run `python -m trainer label` again")
+    labels = np.array([int(row["label"]) for row in rows])
+    clusters = np.array([int(row["cluster"]) for row in rows]) if clustered else np.zeros(len(rows))
+    classes = int(labels.max()) + 1
+    if classes < 2 or labels.min() < 0:
+        raise UserError(f"--data {path} holds one class only: label it with at least two")
+    return SourceData([row["text"] for row in rows], labels, clusters.astype(np.int64), classes)
+
+
+def source_words(config: Any, classes: int) -> list[str]:
+    """The label words of the source data.
+
+    Raises:
+        UserError: there is no default for this number of classes, or --words has another number.
+    """
+    words = config.words or list(_WORDS.get(classes, ()))
+    if len(words) != classes:
+        raise UserError(
+            f"the source data has {classes} classes, but there are {len(words)} label words: pass "
+            f"{classes} with --words"
+        )
+    return words
+
+
+def hold_out(data: SourceData, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of training and validation; every cluster gives its share."""
+    generator = np.random.default_rng(seed)
+    train, held = [], []
+    for cluster in np.unique(data.clusters):
+        rows = generator.permutation(np.flatnonzero(data.clusters == cluster))
+        count = max(1, round(share * len(rows)))
+        held.append(rows[:count])
+        train.append(rows[count:])
+    return np.concatenate(train), np.concatenate(held)
+
+
+def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
+    texts = [data.texts[i] for i in rows]
+    return SourceData(texts, data.labels[rows], data.clusters[rows], data.classes)
+
+
+def _start(config: Any, backbone: Backbone) -> Params:
+    params = initial_params(backbone, config.init, config.mode, config.prompt_tokens, config.seed)
+    check_rate(config.rate, config.steps, params)
+    return params
+
+
+def meta_train(
+    backbone: Backbone,
+    data: SourceData,
+    config: Any,
+    *,
+    checkpoint: Path | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+    quiet: bool = False,
+) -> Loop:
+    """Run MetaPT and return its loop, whose `best` is the prompt.
+
+    Raises:
+        UserError: clusters too small for M + M rows, or settings that do not fit.
+    """
+    train, held = (
+        _subset(data, rows) for rows in hold_out(data, config.validation_share, config.seed)
+    )
+    sampler = TaskSampler(train.clusters, train.labels, config.samples, balanced=config.balanced)
+    if sampler.small:
+        raise UserError(
+            f"cluster {sampler.small[0]} has fewer than the {2 * config.samples} rows that a task "
+            "draws: lower --samples, or make fewer clusters"
+        )
+    scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
+    params = _start(config, backbone)
+    rows, held_rows = (
+        Rows(backbone, config.template, part.texts, part.labels, config.max_tokens)
+        for part in (train, held)
+    )
+    episodes = _episodes(held, config.samples, config.seed)
+
+    def gradient(step: int) -> dict[str, float]:
+        support, query = sampler.draw(config.seed, step)
+        outcome = outer_gradient(
+            scorer, params, rows.batch(support), rows.batch(query), sampler.tasks,
+            inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
+            second_order=config.order == "second",
+        )  # fmt: skip
+        return {"loss": outcome.loss, "accuracy": outcome.accuracy, "before": outcome.support_loss}
+
+    def evaluate() -> Score:
+        """Query loss and accuracy after adaptation, on episodes of held-out rows."""
+        losses, hits, count = 0.0, 0, 0
+        for support, query, tasks in episodes:
+            query_batch = held_rows.batch(query)
+            copies, _ = adapt(
+                scorer, add_group(params, tasks), held_rows.batch(support),
+                inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
+                second_order=False,
+            )  # fmt: skip
+            with torch.no_grad():
+                scores = scorer(copies, query_batch)
+                assert query_batch.labels is not None
+                losses += float(task_losses(scores, query_batch.labels, tasks).sum())
+                hits += int((scores.argmax(-1) == query_batch.labels).sum())
+            count += tasks
+        return Score(hits / (count * config.samples), losses / count)
+
+    schedule = Schedule(
+        steps=config.steps, rate=config.rate,
+        evaluate_every=config.evaluate_every, patience=config.patience,
+    )  # fmt: skip
+    loop = Loop(
+        params, gradient, evaluate, schedule,
+        checkpoint=checkpoint, fingerprint=fingerprint, label="meta", watch=watch, quiet=quiet,
+    )  # fmt: skip
+    loop.run()
+    return loop
+
+
+def _episodes(
+    held: SourceData, samples: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Fixed validation episodes; clusters whose held-out rows do not fill one are left out."""
+    counts = {name: int((held.clusters == name).sum()) for name in np.unique(held.clusters)}
+    large = [name for name, count in counts.items() if count >= 2 * samples]
+    if not large:
+        raise UserError(
+            f"no cluster keeps {2 * samples} rows for validation: pass more data, a larger "
+            "--validation-share, or fewer --samples"
+        )
+    rows = np.flatnonzero(np.isin(held.clusters, large))
+    sampler = TaskSampler(held.clusters[rows], held.labels[rows], samples)
+    draws = (sampler.draw(seed, number) for number in range(_EPISODES))
+    return [(rows[support], rows[query], sampler.tasks) for support, query in draws]
+
+
+def pretrain(
+    backbone: Backbone,
+    data: SourceData,
+    config: Any,
+    *,
+    checkpoint: Path | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+    quiet: bool = False,
+) -> Loop:
+    """Run PPT and return its loop, whose `best` is the prompt."""
+    train, held = (
+        _subset(data, rows) for rows in hold_out(data, config.validation_share, config.seed)
+    )
+    scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
+    params = _start(config, backbone)
+    rows = Rows(backbone, config.template, train.texts, train.labels, config.max_tokens)
+    most = _EPISODES * config.batch  # as many rows as MetaPT's validation episodes hold
+    chosen = np.random.default_rng(config.seed).permutation(len(held.texts))[:most]
+    held = _subset(held, chosen)
+    held_rows = Rows(backbone, config.template, held.texts, held.labels, config.max_tokens)
+
+    def gradient(step: int) -> dict[str, float]:
+        batch = rows.batch(epoch_stream(len(rows), config.batch, config.seed, step))
+        return prompt_gradient(scorer, params, batch)
+
+    schedule = Schedule(
+        steps=config.steps, rate=config.rate,
+        evaluate_every=config.evaluate_every, patience=config.patience,
+    )  # fmt: skip
+    loop = Loop(
+        params, gradient, lambda: scorer.score(params, held_rows), schedule,
+        checkpoint=checkpoint, fingerprint=fingerprint, label="pretrain", watch=watch, quiet=quiet,
+    )  # fmt: skip
+    loop.run()
+    return loop
+
+
+def source_prompt(loop: Loop, config: Any, words: list[str], method: str) -> Prompt:
+    """The prompt of a finished loop; its labels are its label words."""
+    best = loop.state.best
+    assert best is not None
+    task = TaskRecord(
+        name=method,
+        labels=list(words),
+        words=list(words),
+        template=config.template,
+        mode=config.mode,
+        max_tokens=config.max_tokens,
+        method=method,
+        seed=config.seed,
+        figures={
+            "validation_accuracy": best.accuracy,
+            "validation_loss": best.loss,
+            "steps": loop.state.step,
+            "best_step": loop.state.best_step,
+        },
+    )
+    return Prompt(loop.best, task)
+
+
+def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
+    out = output_folder(config.out)
+    data = read_source(config.data, clustered=command == "meta")
+    words = source_words(config, data.classes)
+    backbone = config.load_backbone()
+    run = record(command, config, backbone_sha256=backbone.sha256)
+    loop = train(backbone, data, config, checkpoint=checkpoint_folder(out), fingerprint=run)
+    prompt = source_prompt(loop, config, words, "metapt" if command == "meta" else "ppt")
+    extras = {METRICS_FILE: loop.metrics_text(), RUN_FILE: json.dumps(run, indent=2) + "\n"}
+    save_prompt(prompt, out, backbone, extras)
+    loop.clean_up()
+    log.info(
+        "validation accuracy %.3f, loss %.3f (best at step %d of %d); prompt in %s",
+        prompt.task.figures["validation_accuracy"], prompt.task.figures["validation_loss"],
+        loop.state.best_step, loop.state.step, out,
+    )  # fmt: skip
+
+
+def run_meta(config: MetaConfig) -> None:
+    """`python -m trainer meta`."""
+    _run(config, "meta", meta_train)
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    """`python -m trainer pretrain`."""
+    _run(config, "pretrain", pretrain)

@@ -1,0 +1,213 @@
+"""Downstream prompt tuning (appendix A.4): a soft prompt learns a task from some forty samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from serve.cli import option
+from trainer.backbone import Backbone
+from trainer.data import Examples, draw_few_shot
+from trainer.figures import figures, fit_temperature
+from trainer.initial import initial_params
+from trainer.loop import Loop, Schedule, check_rate
+from trainer.modes import Params, add_group
+from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.prompt import Prompt, TaskRecord, save_prompt
+from trainer.readout import Batch
+from trainer.rows import Rows, Scorer
+from trainer.runs import METRICS_FILE, RUN_FILE, record
+from trainer.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How few samples there are."""
+
+    train: int = option(40, help="training samples drawn by the seed (A.4)", minimum=1)
+    validation: int = option(40, help="validation samples drawn by the seed (A.4)", minimum=1)
+    balanced: bool = option(False, help="draw the same number of each class")
+
+
+@dataclass(kw_only=True)
+class TuneConfig(PromptOptions, TaskOptions, Sampling):
+    """Tune a soft prompt on a task, the backbone frozen (appendix A.4).
+
+    Draws the training and validation samples by the seed, starts from --init, keeps the prompt
+    that is best on the validation samples, and writes it as a PEFT adapter folder.
+    """
+
+    out: str = option(help="folder of the prompt")
+    init: str = option("vocab", help="random, vocab, or a prompt folder (MetaPT's, PPT's ...)")
+    name: str | None = option(None, help="name of the prompt's task (default: the task's)")
+    rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0)
+    warmup: int = option(20, help="steps of linear warm-up (A.4)", minimum=0)
+    batch: int = option(4, help="samples a batch (A.4)", minimum=1)
+    accumulation: int = option(8, help="batches a step (A.4); they run as one product", minimum=1)
+    epochs: int = option(200, help="epochs at most (A.4)", minimum=1)
+    patience: int = option(6, help="epochs without a better accuracy or loss (A.4)", minimum=1)
+    weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
+
+    examples = [
+        "--task sst2 --init runs/metapt --out runs/sst2",
+        "--data reviews.csv --text-column review --label-column stars --labels bad good --out p",
+    ]
+
+
+@dataclass
+class Tuned:
+    """A tuned prompt and how it came about."""
+
+    prompt: Prompt
+    metrics: str
+    loop: Loop
+
+
+def epoch_stream(size: int, samples: int, seed: int, step: int) -> np.ndarray:
+    """The row numbers of a step: epochs are shuffled one after another, without a gap.
+
+    Args:
+        size: N rows; samples: rows a step; step: from 0.
+
+    Returns:
+        int [samples], a function of (seed, step) alone. With fewer rows than `samples` a step
+        takes several epochs' worth.
+    """
+    first = step * samples
+    epochs = range(first // size, (first + samples - 1) // size + 1)
+    rows = np.concatenate(
+        [np.random.default_rng([seed, epoch]).permutation(size) for epoch in epochs]
+    )
+    start = first - epochs.start * size
+    return rows[start : start + samples]
+
+
+def prompt_gradient(scorer: Scorer, params: Params, batch: Batch) -> dict[str, float]:
+    """Add the gradient of the batch's mean loss to `.grad`; returns loss and accuracy."""
+    assert batch.labels is not None
+    scores = scorer(add_group(params), batch)
+    loss = torch.nn.functional.cross_entropy(scores, batch.labels)
+    loss.backward()
+    accuracy = (scores.argmax(-1) == batch.labels).float().mean()
+    return {"loss": float(loss.detach()), "accuracy": float(accuracy)}
+
+
+def tune(
+    backbone: Backbone,
+    task: Task,
+    train: Examples,
+    validation: Examples,
+    config: Any,
+    *,
+    params: Params | None = None,
+    checkpoint: Path | None = None,
+    fingerprint: dict[str, Any] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+    quiet: bool = False,
+) -> Tuned:
+    """Tune a prompt; what `python -m trainer tune`, `reproduce` and the demo's Teach tab call.
+
+    Args:
+        config: a `TuneConfig` (its task and data fields are not looked at).
+        params: where to start, in place of `config.init`.
+        watch: called after each evaluation with (step, metrics); may raise to stop.
+
+    Raises:
+        UserError: label words, prompt, template or rate do not fit. Failure: the loss diverged.
+    """
+    scorer = Scorer.of(backbone, task, config.mode)
+    if params is None:
+        params = initial_params(
+            backbone, config.init, config.mode, config.prompt_tokens, config.seed
+        )
+    samples = config.batch * config.accumulation
+    steps = max(1, math.ceil(config.epochs * len(train) / samples))
+    check_rate(config.rate, steps, params)
+    rows = Rows(backbone, task.template, train.texts, train.labels, config.max_tokens)
+    held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)
+    schedule = Schedule(
+        steps=steps,
+        rate=config.rate,
+        weight_decay=config.weight_decay,
+        warmup=min(config.warmup, steps // 2),
+        decay=True,
+        evaluate_every=max(1, round(len(train) / samples)),  # once an epoch
+        patience=config.patience,
+    )
+    loop = Loop(
+        params,
+        lambda step: prompt_gradient(
+            scorer, params, rows.batch(epoch_stream(len(rows), samples, config.seed, step))
+        ),
+        lambda: scorer.score(params, held),
+        schedule,
+        checkpoint=checkpoint,
+        fingerprint=fingerprint,
+        label="tune",
+        watch=watch,
+        quiet=quiet,
+    )
+    best = loop.run()
+    scores = scorer.all(best, held)
+    temperature = fit_temperature(scores, torch.from_numpy(held.labels))
+    result = figures(scores, held.labels, task.labels, temperature)
+    task_record = TaskRecord(
+        name=getattr(config, "name", None) or task.name,
+        labels=list(task.labels),
+        words=list(task.words),
+        template=task.template,
+        mode=config.mode,
+        backbone=backbone.name,
+        backbone_sha256=backbone.sha256,
+        max_tokens=config.max_tokens,
+        temperature=temperature,
+        method="tune",
+        seed=config.seed,
+        figures={
+            "validation_accuracy": result["accuracy"],
+            "validation_macro_f1": result["macro_f1"],
+            "validation_calibration_error": result["calibration_error"],
+            "steps": loop.state.step,
+            "best_step": loop.state.best_step,
+        },
+    )
+    return Tuned(Prompt(best, task_record), loop.metrics_text(), loop)
+
+
+def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
+    """The training and validation samples of the seed."""
+    chosen = draw_few_shot(
+        pool, config.seed, config.train, config.validation, task.classes, config.balanced
+    )
+    return pool.take(chosen[0]), pool.take(chosen[1])
+
+
+def run_tune(config: TuneConfig) -> None:
+    """`python -m trainer tune`."""
+    out = output_folder(config.out)
+    task = config.resolve_task()
+    train, validation = draw(config, task, config.load(task, "train"))
+    backbone = config.load_backbone()
+    run = record("tune", config, backbone_sha256=backbone.sha256)
+    tuned = tune(
+        backbone, task, train, validation, config,
+        checkpoint=checkpoint_folder(out), fingerprint=run,
+    )  # fmt: skip
+    extras = {METRICS_FILE: tuned.metrics, RUN_FILE: json.dumps(run, indent=2) + "\n"}
+    save_prompt(tuned.prompt, out, backbone, extras)
+    tuned.loop.clean_up()
+    log.info(
+        "%s: validation accuracy %.3f after %d steps (best at %d); prompt in %s",
+        task.name, tuned.prompt.task.figures["validation_accuracy"],
+        tuned.loop.state.step, tuned.loop.state.best_step, out,
+    )  # fmt: skip
