@@ -57,6 +57,7 @@ class Classifier:
 
     Attributes:
         tasks: by name; what `classify` takes. Do not change it, use `add_task` and `remove_task`.
+        bundle: as it was at start.
         encoder: texts to ids (the first of the three stages).
         bank: the constants of the tasks in use.
     """
@@ -92,8 +93,8 @@ class Classifier:
             UserError: no such bundle, precision or provider, or a value out of range.
             Failure: a damaged bundle, named by file.
         """
-        self._bundle = bundles.load(bundle, verify=verify)
-        header = self._bundle.header
+        self.bundle = bundles.load(bundle, verify=verify)
+        header = self.bundle.header
         limit = header["max_tokens"]
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise UserError(f"--max-tokens must be within 1 and {limit}, the bundle's own")
@@ -103,16 +104,16 @@ class Classifier:
         self.precision = precision
         self._threads = threads or physical_cores()
         self._providers = choose_providers(providers)
-        graph = self._bundle.graph(precision)
+        graph = self.bundle.graph(precision)
         self._engine = Engine(graph, threads=self._threads, providers=self._providers, spin=spin)
         log.info(
-            "%s: %s on %s, %d threads, %d tasks", self._bundle.folder, precision,
-            self._engine.device, self._threads, len(self._bundle.tasks),
+            "%s: %s on %s, %d threads, %d tasks", self.bundle.folder, precision,
+            self._engine.device, self._threads, len(self.bundle.tasks),
         )  # fmt: skip
-        self.encoder = Encoder(self._bundle.folder / "tokenizer.json", max_tokens or limit)
+        self.encoder = Encoder(self.bundle.folder / "tokenizer.json", max_tokens or limit)
         self._prefix: Engine | None = None
         self._changing = threading.Lock()
-        self.tasks: dict[str, Task] = dict(self._bundle.tasks)
+        self.tasks: dict[str, Task] = dict(self.bundle.tasks)
         for task in self.tasks.values():
             self._check_room(task)
         self.bank = Bank(
@@ -156,7 +157,7 @@ class Classifier:
         """
         with self._changing:
             if record is None or prompt is None:
-                fresh = bundles.load(self._bundle.folder, verify=False)
+                fresh = bundles.load(self.bundle.folder, verify=False)
                 if name not in fresh.tasks:
                     raise UserError(
                         f"{fresh.folder} has no task '{name}': it has "
@@ -165,10 +166,10 @@ class Classifier:
                 task = fresh.tasks[name]
                 arrays = fresh.read_prompt(task)
             else:
-                arrays = bundles.check_prompt(prompt, self._bundle)
+                arrays = bundles.check_prompt(prompt, self.bundle)
                 digest = hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
                 values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
-                task = make_task(name, values, self._bundle.header)
+                task = make_task(name, values, self.bundle.header)
                 task = replace(task, sha256=digest.hexdigest())
             self._check_room(task)
             held = replace(task, arrays=arrays)
@@ -299,9 +300,9 @@ class Classifier:
 
     def _slot_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """The bank's inputs in this mode, with the shape of a slot and the graph's type."""
-        size, length = self._bundle.size, self._bundle.prompt_tokens
+        size, length = self.bundle.size, self.bundle.prompt_tokens
         shapes: dict[str, tuple[int, ...]] = {}
-        if self._bundle.mode == "full":
+        if self.bundle.mode == "full":
             shapes["bank_prompts"] = (length, size("d_model"))
         else:
             layers, heads = size("num_layers"), size("num_heads")
@@ -312,21 +313,21 @@ class Classifier:
         unknown = set(have) - needed - {"attention_mask", "bank_length"}
         if not needed <= set(have) or unknown:
             raise Failure(
-                f"{self._engine.graph} takes {sorted(have)}, not what mode {self._bundle.mode} "
+                f"{self._engine.graph} takes {sorted(have)}, not what mode {self.bundle.mode} "
                 "gives it: export the bundle again"
             )
         return {name: (shape, have[name] or np.float32) for name, shape in shapes.items()}
 
     def _constants(self, task: Task) -> dict[str, np.ndarray]:
         """A task's arrays for the bank, from its prompt [p, D] padded on the left to [P, D]."""
-        arrays = task.arrays or self._bundle.read_prompt(task)
+        arrays = task.arrays or self.bundle.read_prompt(task)
         prompt = arrays["prompt_embeddings"]
-        gap = self._bundle.prompt_tokens - len(prompt)
+        gap = self.bundle.prompt_tokens - len(prompt)
         length = np.array(len(prompt), np.int64)
         padded = np.pad(prompt, ((gap, 0), (0, 0)))
-        if self._bundle.mode == "full":
+        if self.bundle.mode == "full":
             return {"bank_prompts": padded, "bank_length": length}
-        if self._bundle.mode == "deep":
+        if self.bundle.mode == "deep":
             kv = np.pad(arrays["kv"], ((0, 0), (0, 0), (0, 0), (gap, 0), (0, 0)))
             states = np.pad(arrays["states"], ((gap, 0), (0, 0)))
         else:
@@ -337,7 +338,7 @@ class Classifier:
     def _prefix_engine(self) -> Engine:
         # Made at the first need; it shares the weights file, which is mapped, not copied.
         if self._prefix is None:
-            path = self._bundle.folder / self._bundle.header["prefix_graph"]
+            path = self.bundle.folder / self.bundle.header["prefix_graph"]
             self._prefix = Engine(path, threads=self._threads, providers=["CPUExecutionProvider"])
         return self._prefix
 

@@ -1,0 +1,239 @@
+"""`python -m serve COMMAND`: classify lines, serve over HTTP, describe a bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar
+
+from serve.cli import Command, main, option
+from serve.errors import UserError
+
+_CHUNK = 512  # lines classified together: enough to sort by length, little enough to stream
+
+
+@dataclass
+class ModelConfig:
+    """Settings shared by the commands that run a model."""
+
+    bundle: str = option(help="folder of the bundle", positional=True)
+    precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
+    threads: int | None = option(None, help="threads; default: the physical cores", minimum=1)
+    providers: list[str] | None = option(
+        None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
+    )
+    token_budget: int = option(
+        4096, help="padded tokens of a batch; more takes memory and gains little", minimum=1
+    )
+    max_rows: int = option(64, help="texts of a batch", minimum=1)
+    max_tokens: int | None = option(
+        None, help="longest text with its template; longer ones are cut", minimum=1
+    )
+    bank_memory: float = option(
+        512.0, help="MiB for the prompts' constants; the least used give way", minimum=0.001
+    )
+    verify: bool = option(True, help="check the hash of every file of the bundle at start")
+
+
+@dataclass
+class ClassifyConfig(ModelConfig):
+    """Classify lines of standard input; write one JSON line for each, in order.
+
+    An empty line is a text too: it is answered from the template alone.
+    """
+
+    task: str = option("", help="name of the task; may be left out when the bundle has only one")
+
+    examples: ClassVar[list[str]] = [
+        "bundle --task film < reviews.txt",
+        "bundle --task film --precision int8 --threads 2 < reviews.txt > labels.jsonl",
+    ]
+
+
+@dataclass
+class HttpConfig(ModelConfig):
+    """Serve a bundle over HTTP: Open Inference Protocol v2, POST /classify, /metrics, /docs."""
+
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    port: int = option(8000, help="port to listen on; 0 for any free one", minimum=0, maximum=65535)
+    max_wait: float = option(
+        2.0, help="milliseconds a request may wait for others to share its batch", minimum=0
+    )
+    max_queue: int = option(
+        1024, help="texts that may wait; past it 429, counted per text", minimum=1
+    )
+    deadline: float = option(
+        10.0, help="seconds from arrival to answer; past it 504", minimum=0.001
+    )
+    max_body: float = option(1.0, help="MiB of a request's body; past it 413", minimum=0.001)
+    workers: int = option(1, help="batches that run at the same time, each on its threads",
+                          minimum=1, maximum=64)  # fmt: skip
+    linger: float = option(
+        1.0, help="seconds after SIGTERM in which new requests are still answered", minimum=0
+    )
+    drain: float = option(
+        30.0, help="seconds that accepted requests get to finish after that", minimum=0
+    )
+    admin_token: str = option(
+        "", help="turns on adding and removing tasks; better in METAPT_ADMIN_TOKEN"
+    )
+    access_log: bool = option(False, help="log every request")
+
+    examples: ClassVar[list[str]] = [
+        "bundle --port 8000",
+        "bundle --precision int8 --threads 2 --max-wait 5 --max-queue 4096",
+        "bundle --host 0.0.0.0   # with METAPT_ADMIN_TOKEN set: tasks are added while it runs",
+    ]
+
+
+@dataclass
+class InfoConfig:
+    """Check every file of a bundle and describe it."""
+
+    bundle: str = option(help="folder of the bundle", positional=True)
+    json: bool = option(False, help="as JSON")
+
+    examples: ClassVar[list[str]] = ["bundle", "bundle --json"]
+
+
+def _classifier(config: ModelConfig, spin: bool) -> Any:
+    from serve.classifier import MIB, Classifier
+
+    return Classifier(
+        config.bundle,
+        config.precision,
+        threads=config.threads,
+        providers=config.providers,
+        token_budget=config.token_budget,
+        max_rows=config.max_rows,
+        max_tokens=config.max_tokens,
+        bank_memory=int(config.bank_memory * MIB),
+        spin=spin,
+        verify=config.verify,
+    )
+
+
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a byte stream without their ends.
+
+    Raises:
+        UserError: a line is not UTF-8; it names the line.
+    """
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"line {number} of the input is not UTF-8 (byte {error.start + 1}): convert it, "
+                "for example with iconv -f latin1 -t utf-8"
+            ) from None
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    try:
+        for line in lines:
+            chunk.append(line)
+            if len(chunk) == _CHUNK:
+                yield chunk
+                chunk = []
+    except UserError:
+        if chunk:
+            yield chunk  # what came before the bad line is answered
+        raise
+    if chunk:
+        yield chunk
+
+
+def run_classify(config: ClassifyConfig) -> None:
+    """Classify standard input."""
+    classifier = _classifier(config, spin=True)
+    if not config.task and len(classifier.tasks) != 1:
+        raise UserError(f"--task is missing: the bundle has {', '.join(classifier.tasks)}")
+    task = config.task or next(iter(classifier.tasks))
+    classifier.task(task)
+    for chunk in _chunks(_lines(sys.stdin.buffer)):
+        for result in classifier.classify(chunk, task):
+            answer = {
+                "label": result.label,
+                "score": round(result.score, 6),
+                "probabilities": {k: round(v, 6) for k, v in result.probabilities.items()},
+                "truncated": result.truncated,
+            }
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+def run_http(config: HttpConfig) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    try:
+        from serve.http import Limits
+        from serve.server import serve_forever
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is not installed: pip install "metapt[http]"') from None
+
+    limits = Limits(
+        max_wait=config.max_wait / 1000,
+        max_queue=config.max_queue,
+        deadline=config.deadline,
+        max_body=int(config.max_body * 2**20),
+        workers=config.workers,
+        linger=config.linger,
+        drain=config.drain,
+    )
+    token = config.admin_token or os.environ.get("METAPT_ADMIN_TOKEN", "")
+    classifier = _classifier(config, spin=False)
+    return serve_forever(
+        classifier, limits, config.host, config.port, token or None, config.access_log
+    )
+
+
+def run_info(config: InfoConfig) -> None:
+    """Describe a bundle whose files are all whole."""
+    from serve import bundle as bundles
+
+    found = bundles.load(config.bundle)
+    header = found.header
+    tasks = {
+        name: {
+            "labels": task.labels,
+            "words": task.words,
+            "template": task.template,
+            "temperature": task.temperature,
+            "bytes": task.size_bytes,
+            "info": task.info,
+        }
+        for name, task in found.tasks.items()
+    }
+    size = sum(entry["bytes"] for entry in found.files.values())
+    if config.json:
+        document = {**header, "tasks": tasks, "graph_bytes": size}
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return
+    lines = [
+        f"{config.bundle}: mode {found.mode}, {found.prompt_tokens} prompt tokens, "
+        f"texts up to {header['max_tokens']} tokens, every file whole",
+        f"backbone: {header['backbone'].get('id')}, width {found.size('d_model')}, "
+        f"{found.size('num_layers')} layers; graphs and weights {size / 2**20:.1f} MiB",
+    ]
+    for name, entry in header["precisions"].items():
+        figures = ", ".join(f"{k} {v}" for k, v in entry.items() if isinstance(v, int | float))
+        lines.append(f"precision {name}: {figures or entry['graph']}")
+    for name, task in found.tasks.items():
+        pairs = ", ".join(f"{a} ({b})" for a, b in zip(task.labels, task.words, strict=True))
+        lines.append(f"task {name}: {pairs}; {task.size_bytes / 1024:.0f} KiB; {task.template}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+COMMANDS = {
+    "classify": Command(ClassifyConfig, run_classify),
+    "http": Command(HttpConfig, run_http),
+    "info": Command(InfoConfig, run_info),
+}
+
+if __name__ == "__main__":
+    main("python -m serve", "Run a bundle of soft prompts with onnxruntime.", COMMANDS)

@@ -1,0 +1,346 @@
+"""Continuous batching: texts that wait are merged, across requests and tasks, into one batch.
+
+A free worker takes the next batch as soon as the token budget is full or the oldest text has
+waited `max_wait`; while all workers are busy, texts gather by themselves. Every batch contains the
+oldest text, so none starves. The queue is bounded in texts, a request has a deadline, and the
+texts of a request that failed, expired or lost its client leave the queue at once.
+
+Everything here runs on the event loop's thread, except `run`, which gets a thread per worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter  # uvloop's own clock ticks in milliseconds
+from typing import Protocol
+
+from serve.classifier import Result
+from serve.errors import Failure
+from serve.tokenize import Encoded
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 4  # times `max_rows`: how many of the oldest texts are looked at for a batch
+_SLACK = 64  # padded tokens that a batch may waste however few it has; a run costs more than them
+
+
+class QueueFull(Exception):
+    """No room for the request's texts; `retry_after` is in whole seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("the queue is full")
+        self.retry_after = retry_after
+
+
+class TooManyTexts(Exception):
+    """The request alone has more texts than the queue holds."""
+
+
+class DeadlinePassed(Exception):
+    """The request was not answered in time."""
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class Observer(Protocol):
+    """What wants to know how the queue does; seconds and counts."""
+
+    def batch(self, rows: int, tokens: int, padded: int, seconds: float) -> None:
+        """A batch has run."""
+
+    def waited(self, seconds: float) -> None:
+        """A text left the queue for a batch."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """The texts of one request on their way through the queue.
+
+    Attributes:
+        future: its results in order, or the exception that ended it.
+        counted: texts that still count against the queue's bound.
+    """
+
+    future: asyncio.Future[list[Result]]
+    counted: int
+    results: list[Result | None]
+    left: int
+    timer: asyncio.TimerHandle | None = None
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    encoded: Encoded
+    request: Request
+    index: int
+    arrived: float
+
+
+class Batcher:
+    """The queue and its workers.
+
+    Attributes:
+        waiting: texts in the queue, those that are being tokenized included.
+        running_since: when, by `perf_counter`, each busy worker began its batch.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Encoded]], list[Result]],
+        *,
+        token_budget: int,
+        max_rows: int,
+        max_tasks: int,
+        max_wait: float,
+        max_queue: int,
+        deadline: float,
+        workers: int = 1,
+        observer: Observer | None = None,
+    ) -> None:
+        """Args:
+        run: classifies one batch; called in a worker's thread.
+        token_budget, max_rows, max_tasks: bounds of a batch, as in `serve.plan.plan`.
+        max_wait: seconds that the oldest text waits for others.
+        max_queue: texts that may wait.
+        deadline: seconds from `admit` to the answer.
+        workers: batches that run at the same time.
+        observer: is told about batches and waiting times.
+        """
+        self._run = run
+        self._token_budget, self._max_rows, self._max_tasks = token_budget, max_rows, max_tasks
+        self._max_wait, self._max_queue, self._deadline = max_wait, max_queue, deadline
+        self._workers = workers
+        self._observer = observer
+        self._rows: dict[int, _Row] = {}  # oldest first
+        self._tokens = 0  # of the rows, without padding
+        self._numbers = itertools.count()
+        self._open: set[Request] = set()
+        self._rate = 0.0  # texts per second, a moving average
+        self.waiting = 0
+        self.running_since: dict[int, float] = {}
+        self.draining = False
+
+    async def start(self) -> None:
+        """Start the workers; must be called on the loop that will serve."""
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batch")
+        self._tasks = [asyncio.create_task(self._work(n)) for n in range(self._workers)]
+
+    async def stop(self, seconds: float) -> bool:
+        """Answer what was accepted, for at most `seconds`, and end the workers.
+
+        Returns:
+            Whether every accepted request was answered.
+        """
+        self.drain()
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            log.warning("%d requests were not answered before the end", len(self._open))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return not self._open
+
+    def drain(self) -> None:
+        """From now on nothing waits for company."""
+        self.draining = True
+        self._wake.set()
+
+    def alive(self) -> bool:
+        """Whether every worker runs, and none has been at one batch for longer than a request may
+        take (a batch whose answers nobody waits for any more)."""
+        late = perf_counter() - self._deadline
+        return not any(task.done() for task in self._tasks) and not any(
+            since < late for since in self.running_since.values()
+        )
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def admit(self, texts: int) -> Request:
+        """Reserve room for a request's texts, before any work is spent on them.
+
+        Raises:
+            TooManyTexts: they would never fit.
+            QueueFull: they do not fit now.
+        """
+        if texts > self._max_queue:
+            raise TooManyTexts(
+                f"{texts} texts in one request, but the server takes {self._max_queue}: send "
+                "them in several requests"
+            )
+        if self.waiting + texts > self._max_queue:
+            seconds = self.waiting / self._rate if self._rate else 1.0
+            raise QueueFull(max(1, min(60, math.ceil(seconds))))
+        request = Request(self._loop.create_future(), texts, [None] * texts, texts)
+        self.waiting += texts
+        self._open.add(request)
+        self._idle.clear()
+        request.timer = self._loop.call_later(self._deadline, self.fail, request, DeadlinePassed())
+        return request
+
+    def enqueue(self, request: Request, encoded: Sequence[Encoded]) -> None:
+        """Put an admitted request's texts into the queue; its `future` gets the answer."""
+        if request.future.done():  # it expired, or its client went, while it was tokenized
+            return
+        was_empty, now = not self._rows, perf_counter()
+        for index, item in enumerate(encoded):
+            number = next(self._numbers)
+            self._rows[number] = _Row(item, request, index, now)
+            request.rows.append(number)
+            self._tokens += len(item.ids)
+        if was_empty or self._full():
+            self._wake.set()
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request: its texts leave the queue, its future raises `error`."""
+        for number in request.rows:
+            row = self._rows.pop(number, None)
+            if row is not None:
+                self._tokens -= len(row.encoded.ids)
+        self.waiting -= request.counted
+        request.counted = 0
+        if not request.future.done():
+            request.future.set_exception(error)
+            request.future.exception()  # marked as seen: the client may be gone already
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        if request.timer is not None:
+            request.timer.cancel()
+        self._open.discard(request)
+        if not self._open:
+            self._idle.set()
+
+    # ---- batches -----------------------------------------------------------------------------
+
+    def _full(self) -> bool:
+        return self._tokens >= self._token_budget or len(self._rows) >= self._max_rows
+
+    async def _work(self, number: int) -> None:
+        while True:
+            await self._time_to_run()
+            batch = self._pick()
+            encoded = [row.encoded for row in batch]
+            begun = self.running_since[number] = perf_counter()
+            answers = await self._loop.run_in_executor(self._pool, self._answers, encoded)
+            del self.running_since[number]
+            self._deliver(batch, answers)
+            seconds = perf_counter() - begun
+            rate = len(batch) / max(seconds, 1e-6) * self._workers
+            self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+            if self._observer is not None:
+                lengths = [len(item.ids) for item in encoded]
+                self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths), seconds)
+
+    async def _time_to_run(self) -> None:
+        """Wait until there is a batch worth running."""
+        while True:
+            if not self._rows:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            oldest = next(iter(self._rows.values()))
+            patience = oldest.arrived + self._max_wait - perf_counter()
+            if patience <= 0 or self.draining or self._full():
+                return
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(patience):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _pick(self) -> list[_Row]:
+        """Take the oldest text, and of those that wait the ones nearest to it in length, as long
+        as the batch stays within its bounds and little of it is padding."""
+        numbers = list(itertools.islice(self._rows, self._max_rows * _WINDOW))
+        oldest = numbers[0]
+        numbers.sort(key=lambda n: len(self._rows[n].encoded.ids))
+        low = high = numbers.index(oldest)
+        first = self._rows[oldest].encoded
+        chosen, useful, longest = [oldest], len(first.ids), len(first.ids)
+        tasks = {id(first.task)}
+        while len(chosen) < self._max_rows:
+            below = self._length(numbers, low - 1)
+            above = self._length(numbers, high + 1)
+            if below is None and above is None:
+                break
+            if above is None or (below is not None and longest - below <= above - longest):
+                assert below is not None
+                low, number, size = low - 1, numbers[low - 1], below
+            else:
+                high, number, size = high + 1, numbers[high + 1], above
+            padded = (len(chosen) + 1) * max(longest, size)
+            waste = padded - useful - size
+            if padded > self._token_budget or waste > useful // 3 + _SLACK:
+                break
+            task = id(self._rows[number].encoded.task)
+            if task not in tasks and len(tasks) == self._max_tasks:
+                continue
+            tasks.add(task)
+            chosen.append(number)
+            useful += size
+            longest = max(longest, size)
+        now = perf_counter()
+        batch = [self._rows.pop(number) for number in chosen]
+        for row in batch:
+            self._tokens -= len(row.encoded.ids)
+            self.waiting -= 1
+            row.request.counted -= 1
+            if self._observer is not None:
+                self._observer.waited(now - row.arrived)
+        return batch
+
+    def _length(self, numbers: Sequence[int], place: int) -> int | None:
+        if not 0 <= place < len(numbers):
+            return None
+        return len(self._rows[numbers[place]].encoded.ids)
+
+    def _answers(self, encoded: Sequence[Encoded]) -> list[Result | Exception]:
+        """Run a batch in a worker's thread; what fails, fails for the rows of its task only."""
+        try:
+            return list(self._run(encoded))
+        except Exception as error:  # delivered to the requests that it concerns
+            groups: dict[int, list[int]] = {}
+            for index, item in enumerate(encoded):
+                groups.setdefault(id(item.task), []).append(index)
+            if len(groups) == 1:
+                if isinstance(error, Failure):
+                    log.error("task '%s': %s", encoded[0].task.name, error)
+                else:
+                    log.exception("task '%s' failed", encoded[0].task.name)
+                return [error] * len(encoded)
+        answers: list[Result | Exception | None] = [None] * len(encoded)
+        for indices in groups.values():
+            part = self._answers([encoded[i] for i in indices])
+            for index, answer in zip(indices, part, strict=True):
+                answers[index] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _deliver(self, batch: Sequence[_Row], answers: Sequence[Result | Exception]) -> None:
+        for row, answer in zip(batch, answers, strict=True):
+            request = row.request
+            if request.future.done():
+                continue
+            if isinstance(answer, Exception):
+                self.fail(request, answer)
+                continue
+            request.results[row.index] = answer
+            request.left -= 1
+            if not request.left:
+                request.future.set_result([item for item in request.results if item is not None])
+                self._close(request)

@@ -1,0 +1,221 @@
+"""The FastAPI side of the server: health, metadata, metrics, administration, OpenAPI.
+
+The two classification routes are declared here for the OpenAPI page; `serve.http.App` answers them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from serve import openapi, protocol
+from serve.bundle import parse_prompt
+from serve.errors import Failure, UserError
+from serve.metrics import CONTENT_TYPE
+from serve.protocol import RequestError
+
+if TYPE_CHECKING:
+    from serve.http import App
+
+_ADMIN_BODY = 64 * 2**20  # bytes; the prompt of mode deep takes some megabytes in base64
+
+
+def version() -> str:
+    """The installed version of the project, or `dev` in a source tree."""
+    try:
+        return metadata.version("metapt")
+    except metadata.PackageNotFoundError:
+        return "dev"
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(protocol.dump(value), status, headers, media_type="application/json")
+
+
+def make_routes(app: App, admin_token: str | None) -> FastAPI:
+    """Every route; those that change tasks only with an admin token."""
+    api = FastAPI(
+        title="MetaPT server",
+        version=version(),
+        description=openapi.DESCRIPTION,
+        # Texts of users are in errors otherwise, and the routes check their input themselves.
+        debug=False,
+    )
+
+    async def on_error(_: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            headers = dict(error.headers) if error.headers else None
+            return _json({"error": str(error.detail)}, error.status_code, headers)
+        assert isinstance(error, RequestError)
+        return _json({"error": str(error)}, error.status)
+
+    api.add_exception_handler(HTTPException, on_error)
+    api.add_exception_handler(RequestError, on_error)
+    _health(api, app)
+    _models(api, app, bool(admin_token))
+    if admin_token:
+        _administration(api, app, admin_token)
+    return api
+
+
+def _health(api: FastAPI, app: App) -> None:
+    @api.get("/v2/health/live", tags=["health"], summary="Whether the process runs")
+    async def live() -> Response:
+        return _json({"live": True})
+
+    @api.get("/v2/health/ready", tags=["health"], summary="Whether requests are answered",
+             responses=openapi.errors(503))  # fmt: skip
+    async def ready() -> Response:
+        if app.ready():
+            return _json({"ready": True})
+        return _json({"error": "not ready: starting, shutting down or stuck"}, 503)
+
+    @api.get("/metrics", tags=["health"], summary="Counters in Prometheus' text format")
+    async def metrics() -> Response:
+        return Response(app.metrics.page(), media_type=CONTENT_TYPE)
+
+
+def _models(api: FastAPI, app: App, admin: bool) -> None:
+    def found(name: str) -> Any:
+        if name not in app.classifier.tasks:
+            raise RequestError(404, f"no task '{name[:80]}': GET / lists the tasks")
+        return app.classifier.tasks[name]
+
+    @api.get("/", tags=["tasks"], summary="The tasks and their labels")
+    async def index() -> Response:
+        tasks = {name: task.labels for name, task in app.classifier.tasks.items()}
+        return _json({"tasks": tasks, "documentation": "/docs"})
+
+    @api.get("/v2", tags=["protocol v2"], summary="The server")
+    async def server() -> Response:
+        extensions = ["model_repository"] if admin else []
+        return _json({"name": "metapt", "version": version(), "extensions": extensions})
+
+    @api.get("/v2/models/{task}", tags=["protocol v2"], summary="A task",
+             responses=openapi.errors(404))  # fmt: skip
+    async def model(task: str) -> Response:
+        return _json(protocol.metadata(found(task)))
+
+    @api.get("/v2/models/{task}/ready", tags=["protocol v2"], summary="Whether a task is served",
+             responses=openapi.errors(404, 503))  # fmt: skip
+    async def model_ready(task: str) -> Response:
+        found(task)
+        if app.ready():
+            return _json({"name": task, "ready": True})
+        return _json({"error": "not ready: starting, shutting down or stuck"}, 503)
+
+    async def infer(request: Request) -> Response:
+        return _Direct(app, request)
+
+    for path, summary, extra in (
+        ("/classify", "Classify texts", openapi.CLASSIFY),
+        ("/v2/models/{task}/infer", "Classify texts of one task", openapi.INFER),
+    ):
+        api.add_api_route(
+            path, infer, methods=["POST"], summary=summary, openapi_extra=extra,
+            tags=["classification"], operation_id=summary.lower().replace(" ", "_"),
+            responses=openapi.errors(400, 404, 408, 413, 415, 422, 429, 503, 504),
+        )  # fmt: skip
+
+
+class _Direct(Response):
+    """Hands a request on to the handler on the bare interface, should one come this way."""
+
+    def __init__(self, app: App, request: Request) -> None:
+        super().__init__()
+        self._app, self._request = app, request
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app.infer(scope, receive, send)
+
+
+def _administration(api: FastAPI, app: App, token: str) -> None:
+    """The model repository extension: which tasks there are, load, unload."""
+
+    async def admitted(request: Request) -> bytes:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(
+                401, "send 'Authorization: Bearer TOKEN' with the server's admin token",
+                {"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        return await app.read_body(request.scope, request.receive, _ADMIN_BODY)
+
+    async def aside(work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(app.side, work)
+
+    def route(path: str, summary: str, extra: dict[str, Any]) -> Callable[[Any], Any]:
+        def register(handler: Callable[..., Awaitable[Response]]) -> None:
+            api.add_api_route(
+                path, handler, methods=["POST"], summary=summary, tags=["administration"],
+                openapi_extra={"security": [{"admin": []}], **extra},
+                responses=openapi.errors(400, 401, 404, 413, 503),
+            )  # fmt: skip
+
+        return register
+
+    @route("/v2/repository/index", "Tasks that are served", openapi.INDEX)
+    async def index(request: Request) -> Response:
+        await admitted(request)
+        return _json(
+            [
+                {"name": name, "version": protocol.version_of(task), "state": "READY", "reason": ""}
+                for name, task in app.classifier.tasks.items()
+            ]
+        )
+
+    @route("/v2/repository/models/{task}/load", "Serve a task, or its new version", openapi.LOAD)
+    async def load(task: str, request: Request) -> Response:
+        body = await admitted(request)
+        parameters = protocol.parse_json(body).get("parameters", {}) if body.strip() else {}
+        record, prompt = _uploaded(app, parameters)
+        try:
+            added = await aside(lambda: app.classifier.add_task(task, record, prompt))
+        except UserError as error:
+            raise RequestError(404 if record is None else 400, str(error)) from None
+        except Failure as error:
+            raise RequestError(503, str(error)) from None
+        return _json({"name": task, "version": protocol.version_of(added)})
+
+    @route("/v2/repository/models/{task}/unload", "Stop serving a task", openapi.UNLOAD)
+    async def unload(task: str, request: Request) -> Response:
+        await admitted(request)
+        try:
+            await aside(lambda: app.classifier.remove_task(task))
+        except UserError as error:
+            raise RequestError(404, str(error)) from None
+        return _json({"name": task})
+
+
+def _uploaded(app: App, parameters: Any) -> tuple[dict[str, Any] | None, Any]:
+    """The task in a load request, as the protocol has it: `config`, its record as a JSON text, and
+    `file:prompt.safetensors`, in base64. None and None: it is read from the bundle."""
+    if not isinstance(parameters, dict):
+        raise RequestError(400, "'parameters' must be an object")
+    config, data = parameters.get("config"), parameters.get("file:prompt.safetensors")
+    if config is None and data is None:
+        return None, None
+    if not isinstance(config, str) or not isinstance(data, str):
+        raise RequestError(400, "give both 'config' and 'file:prompt.safetensors', or neither")
+    try:
+        record = json.loads(config)
+        content = base64.b64decode(data, validate=True)
+    except (ValueError, RecursionError, binascii.Error) as error:
+        raise RequestError(
+            400, f"'config' is not JSON or the file is not base64: {error}"
+        ) from None
+    if not isinstance(record, dict):
+        raise RequestError(400, "'config' must hold a JSON object")
+    try:
+        return record, parse_prompt(content, app.classifier.bundle, "file:prompt.safetensors")
+    except Failure as error:
+        raise RequestError(400, str(error)) from None
