@@ -208,7 +208,8 @@ class Loop:
     def _evaluate(self, measured: dict[str, float], bar: tqdm[Any]) -> None:
         state = self.state
         score = self.evaluate()
-        improved = score.loss < state.lowest_loss or (
+        # A loss that creeps down by less than a thousandth is no reason to go on.
+        improved = score.loss < 0.999 * state.lowest_loss or (
             state.best is None or score.accuracy > state.best.accuracy
         )
         state.lowest_loss = min(state.lowest_loss, score.loss)

@@ -65,6 +65,17 @@ def relative_buckets(
     return offset + torch.where(distance < exact, distance, far)
 
 
+def rms_norm(layer: Any, hidden: Tensor) -> Tensor:
+    """T5's norm: by the root mean square, without a mean or a bias.
+
+    transformers' module takes the mean of squares in float32 whatever it is given; here only half
+    precision is widened, so that float64 is float64 throughout (the tests' finite differences).
+    """
+    wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + layer.variance_epsilon)
+    return layer.weight * (wide * scale).to(hidden.dtype)
+
+
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Attention scores with the masked keys out of reach. `mask` broadcasts to `scores`."""
     if mask is None:
@@ -175,7 +186,7 @@ class FrozenT5(nn.Module):
             prompt_mask = None if kv_mask is None else kv_mask.view(groups, 1, 1, 1, prompt_tokens)
         for index, block in enumerate(encoder.block):
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
-            normed = norm(hidden)
+            normed = rms_norm(norm, hidden)
             query = self._split(attention.q(normed), groups)  # [G, R, H, S, K]
             key = self._split(attention.k(normed), groups)
             value = self._split(attention.v(normed), groups)
@@ -198,8 +209,8 @@ class FrozenT5(nn.Module):
             joined = context.transpose(2, 3).reshape(rows, length, self.heads * self.head_width)
             hidden = hidden + attention.o(joined)
             feed = block.layer[1]
-            hidden = hidden + feed.DenseReluDense(feed.layer_norm(hidden))
-        return encoder.final_layer_norm(hidden)
+            hidden = hidden + feed.DenseReluDense(rms_norm(feed.layer_norm, hidden))
+        return rms_norm(encoder.final_layer_norm, hidden)
 
     # -- decoder ---------------------------------------------------------------------------------
 
@@ -222,7 +233,7 @@ class FrozenT5(nn.Module):
         last = len(decoder.block) - 1
         for index, block in enumerate(decoder.block):
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
-            normed = norm(hidden)
+            normed = rms_norm(norm, hidden)
             # Above the last layer nobody looks at the earlier positions any more.
             asking = normed[:, :, -1:] if index == last else normed
             query = self._heads(attention.q(asking))  # [G, R, H, Q, K]
@@ -233,8 +244,8 @@ class FrozenT5(nn.Module):
             hidden = hidden[:, :, first:] + attention.o(context)
             hidden = hidden + self._cross(block.layer[1], hidden, memory)
             feed = block.layer[2]
-            hidden = hidden + feed.DenseReluDense(feed.layer_norm(hidden))
-        final = decoder.final_layer_norm(hidden[:, :, -1])  # [G, R, D]
+            hidden = hidden + feed.DenseReluDense(rms_norm(feed.layer_norm, hidden))
+        final = rms_norm(decoder.final_layer_norm, hidden[:, :, -1])  # [G, R, D]
         return final.flatten(0, 1) * self.output_scale
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -247,7 +258,7 @@ class FrozenT5(nn.Module):
         heads, head_width = self.heads, self.head_width
         w_key = attention.k.weight.view(heads, head_width, self.width)  # [H, K, D]
         w_value = attention.v.weight.view(heads, head_width, self.width)
-        query = self._heads(attention.q(layer.layer_norm(hidden)))  # [G, R, H, Q, K]
+        query = self._heads(attention.q(rms_norm(layer.layer_norm, hidden)))  # [G, R, H, Q, K]
         asked = query @ w_key  # [G, R, H, Q, D]: the query, seen from the encoder states
         count = asked.shape[3]
         asked = asked.flatten(2, 3)  # [G, R, H*Q, D]

@@ -64,7 +64,8 @@ def test_modes_equal_transformers_forward(backbone: Backbone, mode: str) -> None
         backbone.decoder_ids,
     )
     want = reference(backbone, batch, prompt, words, block=mode == "prefix")
-    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    # transformers' norm takes its mean of squares in float32 even here, hence not 1e-12.
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
 def test_full_and_prefix_differ(backbone: Backbone) -> None:

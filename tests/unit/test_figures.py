@@ -1,0 +1,58 @@
+"""Figures against scikit-learn and against plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+from trainer.figures import as_table, calibration_error, figures, fit_temperature
+
+
+def test_figures_equal_scikit_learn() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(200, 4)
+    labels = np.random.default_rng(0).integers(0, 4, 200)
+    got = figures(scores, labels, ["a", "b", "c", "d"], temperature=2.0)
+    predicted = scores.argmax(-1).numpy()
+    assert got["accuracy"] == pytest.approx((predicted == labels).mean())
+    assert got["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert got["confusion"] == confusion_matrix(labels, predicted).tolist()
+    precision, recall, _, support = precision_recall_fscore_support(labels, predicted)
+    for index, name in enumerate("abcd"):
+        assert got["per_class"][name]["precision"] == pytest.approx(precision[index])
+        assert got["per_class"][name]["recall"] == pytest.approx(recall[index])
+        assert got["per_class"][name]["support"] == support[index]
+    want = torch.nn.functional.cross_entropy(scores / 2, torch.from_numpy(labels))
+    assert got["loss"] == pytest.approx(float(want), rel=1e-5)
+    assert "macro-F1" in as_table(got)
+
+
+def test_calibration_error_equals_a_plain_loop() -> None:
+    generator = np.random.default_rng(1)
+    confidence = generator.uniform(0.01, 1.0, 500)
+    correct = generator.random(500) < confidence**2
+    want = 0.0
+    for number in range(10):
+        low, high = number / 10, (number + 1) / 10
+        rows = [i for i in range(500) if low < confidence[i] <= high]
+        if rows:
+            gap = abs(np.mean([correct[i] for i in rows]) - np.mean([confidence[i] for i in rows]))
+            want += len(rows) / 500 * gap
+    assert calibration_error(confidence, correct) == pytest.approx(want)
+
+
+def test_temperature_makes_the_labels_most_likely() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(300, 3) * 4
+    labels = torch.distributions.Categorical(logits=scores / 2.5).sample()
+    found = fit_temperature(scores, labels)
+    grid = np.linspace(0.2, 8, 400)
+    losses = [float(torch.nn.functional.cross_entropy(scores / t, labels)) for t in grid]
+    assert found == pytest.approx(grid[int(np.argmin(losses))], abs=0.03)
+
+
+def test_an_absent_class_does_not_count_in_macro_f1() -> None:
+    scores = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    assert figures(scores, np.array([0, 1]), ["a", "b", "c"])["macro_f1"] == 1.0

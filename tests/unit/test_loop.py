@@ -1,0 +1,137 @@
+"""The training loop: resume to the bit, patience, schedule, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.errors import Failure, UserError
+from trainer.loop import Loop, Schedule, Score, check_rate
+from trainer.tune import epoch_stream
+
+
+class Killed(Exception):
+    pass
+
+
+def make_loop(folder: Path | None, *, kill_at: int | None = None, steps: int = 30) -> Loop:
+    """Least squares on data that depend on the step only."""
+    torch.manual_seed(0)
+    params = {"p": torch.randn(4, 3).requires_grad_(), "q": torch.randn(2).requires_grad_()}
+
+    def loss() -> torch.Tensor:
+        return (params["p"] ** 2).sum() + ((params["q"] - 1) ** 2).sum()
+
+    def gradient(step: int) -> dict[str, float]:
+        if step == kill_at:
+            raise Killed
+        noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        value = loss() + (noise * params["p"]).sum()
+        value.backward()
+        return {"loss": float(value.detach())}
+
+    def evaluate() -> Score:
+        return Score(0.5, float(loss().detach()))
+
+    schedule = Schedule(
+        steps, 0.05, weight_decay=0.01, warmup=5, decay=True, evaluate_every=4, patience=50
+    )
+    return Loop(
+        params, gradient, evaluate, schedule, checkpoint=folder, fingerprint={"a": 1}, quiet=True
+    )
+
+
+@pytest.mark.parametrize("kill_at", [1, 13, 29])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, kill_at: int) -> None:
+    whole = make_loop(None)
+    want = whole.run()
+    killed = make_loop(tmp_path / "c", kill_at=kill_at)
+    with pytest.raises(Killed):
+        killed.run()
+    resumed = make_loop(tmp_path / "c")
+    got = resumed.run()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert all(torch.equal(resumed.params[n], whole.params[n]) for n in want)
+    assert resumed.metrics_text() == whole.metrics_text()
+    resumed.clean_up()
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9).run()
+    other = make_loop(tmp_path / "c")
+    other.fingerprint = {"a": 2}
+    with pytest.raises(UserError, match="other settings"):
+        other.run()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9).run()
+    (tmp_path / "c" / "state.safetensors").write_bytes(b"123")
+    with pytest.raises(Failure, match="damaged"):
+        make_loop(tmp_path / "c").run()
+
+
+def scripted(scores: list[tuple[float, float]], patience: int, warmup: int = 0) -> Loop:
+    """A loop whose evaluations are given; the parameter counts the steps."""
+    params = {"p": torch.zeros(1, requires_grad=True)}
+
+    def gradient(step: int) -> dict[str, float]:
+        params["p"].grad = -torch.ones(1)
+        return {"loss": 0.0}
+
+    queue = iter(scores)
+    schedule = Schedule(len(scores) - 1, 1.0, evaluate_every=1, patience=patience, warmup=warmup)
+    return Loop(params, gradient, lambda: Score(*next(queue)), schedule, quiet=True)
+
+
+def test_patience_counts_evaluations_without_better_accuracy_or_loss() -> None:
+    scores = [(0.5, 1.0), (0.7, 0.9), (0.6, 0.8), (0.6, 0.85), (0.6, 0.9), (0.9, 0.1)]
+    loop = scripted(scores, patience=2)
+    loop.run()
+    assert loop.state.step == 4  # the lower loss at step 2 counts as progress
+    assert loop.state.best_step == 1 and loop.state.best == Score(0.7, 0.9)
+
+
+def test_equal_accuracy_is_decided_by_loss() -> None:
+    loop = scripted([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], patience=9)
+    loop.run()
+    assert loop.state.best_step == 1
+
+
+def test_patience_starts_after_the_warm_up() -> None:
+    loop = scripted([(0.5, 1.0)] * 8, patience=2, warmup=4)
+    loop.run()
+    assert loop.state.step == 6
+
+
+def test_schedule_is_linear_up_and_down() -> None:
+    schedule = Schedule(steps=10, rate=1.0, warmup=4, decay=True)
+    want = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert [schedule.factor(step) for step in range(10)] == pytest.approx(want)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    loop = scripted([(0.5, 1.0)] * 3, patience=9)
+    loop.gradient = lambda step: {"loss": float("nan")}
+    with pytest.raises(Failure, match="lower the learning rate"):
+        loop.run()
+
+
+def test_a_rate_that_cannot_move_a_prompt_is_refused() -> None:
+    params = {"p": torch.full((2, 8), 0.25)}
+    with pytest.raises(UserError, match="would stay where it starts"):
+        check_rate(1e-6, 250, params)
+    check_rate(3e-3, 250, params)
+
+
+def test_epoch_stream_visits_every_row_once_an_epoch() -> None:
+    steps = [epoch_stream(10, 4, 3, step) for step in range(5)]
+    rows = [int(row) for step in steps for row in step]
+    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10))
+    assert rows[:10] != rows[10:]
+    assert len(epoch_stream(3, 8, 0, 5)) == 8
