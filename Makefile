@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` make what they need; everything else is optional.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quickstart
+
+.PHONY: help quickstart test lint demo serve clean
+
+help:
+	@echo "make quickstart  train, export, serve and score soft prompts on real sentences"
+	@echo "make test        lint, types and tests"
+	@echo "make demo        the Gradio page, on what the quick start made"
+	@echo "make serve       the HTTP server, on what the quick start made"
+	@echo "make clean       remove the environment and caches (not runs/)"
+
+$(VENV)/ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here: install Python 3.11 or newer, or pass PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,dev]"
+	@touch $@
+
+quickstart: $(VENV)/ready
+	$(BIN)/python -m trainer quickstart --out $(OUT)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/ready
+	$(BIN)/python -m demo
+
+serve: $(VENV)/ready
+	$(BIN)/python -m serve http $(OUT)/bundle
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
