@@ -1,0 +1,80 @@
+"""Tasks of a bundle that is there: added, removed and listed without torch and without tracing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from exporter.record import bundle_arrays, read_folder, task_name, task_record
+from serve import bundle as bundles
+from serve.bundle import Bundle
+from serve.errors import Failure, UserError
+from serve.task import Task
+
+
+def add(folder: Path | str, prompt: Path | str, name: str | None = None) -> Task:
+    """Add a prompt folder's task to a bundle, or replace the task of that name.
+
+    Args:
+        name: of the task; by default the one in the prompt's `task.json`.
+
+    Raises:
+        UserError: the prompt is of another mode, backbone or width, or its words do not fit.
+        Failure: the bundle or the prompt is damaged.
+    """
+    folder, prompt = Path(folder), Path(prompt)
+    bundle = bundles.load(folder, verify=False)
+    task, arrays = read_folder(prompt)
+    mode = task.get("mode")
+    if mode != bundle.mode:
+        raise UserError(
+            f"{prompt} was trained in mode '{mode}', but {folder} serves mode '{bundle.mode}': "
+            "train it in that mode, or export it to a bundle of its own"
+        )
+    known, wanted = task.get("backbone_sha256"), bundle.header["backbone"].get("sha256")
+    if known and wanted and known != wanted:
+        raise UserError(
+            f"{prompt} was trained on backbone '{task.get('backbone')}' ({known[:12]}), but "
+            f"{folder} holds '{bundle.header['backbone'].get('id')}' ({wanted[:12]}): export it "
+            "to a bundle of its own backbone"
+        )
+    record = task_record(task, read_tokenizer(bundle), prompt)
+    wanted_name = task_name(name or str(task.get("name") or prompt.name))
+    try:
+        return bundles.add_task(folder, wanted_name, record, bundle_arrays(arrays))
+    except UserError as error:
+        raise UserError(f"{prompt}: {error}") from None
+
+
+def read_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's tokenizer.
+
+    Raises:
+        Failure: `tokenizer.json` is damaged.
+    """
+    path = bundle.folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises the bare Exception
+        raise Failure(f"{path} is not a tokenizer ({error}): export the bundle again") from None
+
+
+def describe(folder: Path | str) -> str:
+    """A bundle's tasks as a table for people.
+
+    Raises:
+        UserError: there is no bundle. Failure: it is damaged.
+    """
+    bundle = bundles.load(folder, verify=False)
+    header = bundle.header
+    lines = [
+        f"{bundle.folder}: mode {bundle.mode}, backbone {header['backbone'].get('id')}, "
+        f"precisions {', '.join(header['precisions'])}, up to {bundle.prompt_tokens} prompt tokens"
+    ]
+    width = max([4, *(len(name) for name in bundle.tasks)])
+    for name, task in bundle.tasks.items():
+        lines.append(
+            f"  {name:<{width}}  {task.size_bytes / 1024:7.0f} KiB  {', '.join(task.labels)}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""From prompts and a frozen backbone to a bundle, verified before it appears."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from exporter.graph import PrefixGraph, ServedGraph
+from exporter.record import bundle_arrays, task_name, task_record
+from exporter.trace import WeightsFile, prefix_onnx, served_onnx
+from exporter.verify import Slot, bank, check, difference, session
+from serve import bundle as bundles
+from serve.errors import UserError
+from serve.files import atomic_folder
+from trainer.backbone import Backbone
+from trainer.prompt import Prompt, check_fits, load_prompt
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 512  # longest row of a bundle, template included; T5's positions are relative
+WEIGHTS = "weights.data"
+
+
+@dataclass
+class Job:
+    """Prompts that are exported together.
+
+    Attributes:
+        names: of the tasks; records: for `serve.bundle.add_task`; slots: for verification.
+        mode: the one attention mode of all prompts.
+        tokens: P, the longest prompt the graph takes.
+    """
+
+    names: list[str]
+    prompts: list[Prompt]
+    records: list[dict[str, Any]]
+    slots: list[Slot]
+    mode: str
+    tokens: int
+
+
+def prepare(
+    prompts: Sequence[Path | str | Prompt],
+    backbone: Backbone,
+    *,
+    names: Sequence[str] = (),
+    prompt_tokens: int | None = None,
+) -> Job:
+    """Read the prompts and check that they go together.
+
+    Raises:
+        UserError: none is given, one does not fit the backbone, modes differ, names repeat.
+    """
+    if not prompts:
+        raise UserError("PROMPTS is missing: pass at least one prompt folder")
+    if names and len(names) != len(prompts):
+        raise UserError(f"--names has {len(names)} names for {len(prompts)} prompts")
+    tokenizer = rust_tokenizer(backbone)
+    loaded, chosen, records, slots = [], [], [], []
+    for index, item in enumerate(prompts):
+        prompt = item if isinstance(item, Prompt) else load_prompt(item)
+        source = f"prompt '{prompt.task.name}'" if isinstance(item, Prompt) else str(item)
+        check_fits(prompt, backbone, source)
+        name = task_name(names[index] if names else prompt.task.name)
+        if name in chosen:
+            raise UserError(f"two prompts are named '{name}': tell them apart with --names")
+        record = task_record(vars(prompt.task), tokenizer, source)
+        params = {key: value.detach().cpu().float() for key, value in prompt.params.items()}
+        slots.append(Slot(params, record["word_ids"], record["prefix_ids"], record["suffix_ids"]))
+        loaded.append(prompt)
+        chosen.append(name)
+        records.append(record)
+    modes = {prompt.task.mode for prompt in loaded}
+    if len(modes) > 1:
+        raise UserError(
+            f"the prompts are of modes {', '.join(sorted(modes))}, but a bundle has one: export a "
+            "bundle for each mode"
+        )
+    longest = max(prompt.tokens for prompt in loaded)
+    if prompt_tokens is not None and prompt_tokens < longest:
+        raise UserError(f"--prompt-tokens {prompt_tokens} is less than a prompt's {longest}")
+    return Job(chosen, loaded, records, slots, modes.pop(), prompt_tokens or longest)
+
+
+def rust_tokenizer(backbone: Backbone) -> Tokenizer:
+    """The backbone's tokenizer as the `tokenizers` library has it.
+
+    Raises:
+        UserError: it has only a Python form.
+    """
+    inner = getattr(backbone.tokenizer, "backend_tokenizer", None)
+    if not isinstance(inner, Tokenizer):
+        raise UserError(f"backbone '{backbone.name}' has no tokenizer.json: save a fast tokenizer")
+    plain = Tokenizer.from_str(inner.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def export_bundle(
+    prompts: Sequence[Path | str | Prompt],
+    backbone: Backbone,
+    out: Path | str,
+    *,
+    names: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32",),
+    prompt_tokens: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> bundles.Bundle:
+    """Write a bundle of these prompts, whole or not at all.
+
+    Args:
+        prompts: prompt folders, or prompts in memory, all of one mode.
+        names: of the tasks; by default the names in the prompts' records.
+        precisions: `fp32` and more.
+        prompt_tokens: P of the graph, so that longer prompts can be added later.
+        max_tokens: longest row that the bundle takes, template included.
+
+    Raises:
+        UserError: what was asked for does not fit together.
+        Failure: the graph cannot be traced, or differs from torch by more than 1e-4.
+    """
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "bundle.json").is_file():
+        raise UserError(f"{out} is not empty and not a bundle: pass another --out")
+    job = prepare(prompts, backbone, names=names, prompt_tokens=prompt_tokens)
+    t5, config = backbone.t5, backbone.t5.model.config
+    log.info("tracing %s: mode %s, %d prompt tokens", backbone.name, job.mode, job.tokens)
+    served = ServedGraph(t5, backbone.decoder_ids, job.mode, job.tokens).eval()
+    with atomic_folder(out) as folder:
+        with WeightsFile(folder / WEIGHTS) as weights:
+            _save(folder / "model.onnx", weights.place(served_onnx(served)))
+            if job.mode == "prefix":
+                graph = PrefixGraph(served).eval()
+                _save(folder / "prefix.onnx", weights.place(prefix_onnx(graph, t5.width)))
+        rust_tokenizer(backbone).save(str(folder / "tokenizer.json"))
+        prefix = session(folder / "prefix.onnx") if job.mode == "prefix" else None
+        values = bank(job.slots, job.mode, job.tokens, prefix)
+        plain = session(folder / "model.onnx")
+        worst = difference(plain, values, job.slots, backbone, job.mode, max_tokens)
+        check(worst, "the exported graph")
+        log.info("verified against torch: logits differ by at most %.1e", worst)
+        header = {
+            "mode": job.mode,
+            "backbone": {
+                "id": Path(backbone.name).name if Path(backbone.name).is_dir() else backbone.name,
+                "sha256": backbone.sha256,
+                "d_model": t5.width,
+                "num_layers": t5.layers,
+                "num_heads": t5.heads,
+                "d_kv": t5.head_width,
+                "vocab_size": config.vocab_size,
+            },
+            "prompt_tokens": job.tokens,
+            "max_tokens": max_tokens,
+            "precisions": {"fp32": {"graph": "model.onnx", "max_logit_difference": worst}},
+            "prefix_graph": "prefix.onnx" if job.mode == "prefix" else None,
+        }
+        bundles.create(folder, header)
+        for name, record, slot in zip(job.names, job.records, job.slots, strict=True):
+            arrays = {key: value.numpy() for key, value in slot.params.items()}
+            bundles.add_task(folder, name, record, bundle_arrays(arrays))
+    return bundles.load(out, verify=False)
+
+
+def _save(path: Path, model: Any) -> None:
+    path.write_bytes(model.SerializeToString())
