@@ -153,7 +153,10 @@ class Batcher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return not self._open
+        answered = not self._open
+        for request in list(self._open):
+            self.fail(request, DeadlinePassed())
+        return answered
 
     def drain(self) -> None:
         """From now on nothing waits for company."""
@@ -272,7 +275,8 @@ class Batcher:
         numbers.sort(key=lambda n: len(self._rows[n].encoded.ids))
         low = high = numbers.index(oldest)
         first = self._rows[oldest].encoded
-        chosen, useful, longest = [oldest], len(first.ids), len(first.ids)
+        useful = shortest = longest = len(first.ids)
+        chosen = [oldest]
         tasks = {id(first.task)}
         while len(chosen) < self._max_rows:
             below = self._length(numbers, low - 1)
@@ -284,9 +288,15 @@ class Batcher:
                 low, number, size = low - 1, numbers[low - 1], below
             else:
                 high, number, size = high + 1, numbers[high + 1], above
-            padded = (len(chosen) + 1) * max(longest, size)
+            grown = max(longest, size)
+            shortest = min(shortest, size)
+            padded = (len(chosen) + 1) * grown
             waste = padded - useful - size
-            if padded > self._token_budget or waste > useful // 3 + _SLACK:
+            if (
+                padded > self._token_budget
+                or waste > useful // 3 + _SLACK
+                or grown > 2 * shortest + _SLACK // 2
+            ):
                 break
             task = id(self._rows[number].encoded.task)
             if task not in tasks and len(tasks) == self._max_tasks:
@@ -294,7 +304,7 @@ class Batcher:
             tasks.add(task)
             chosen.append(number)
             useful += size
-            longest = max(longest, size)
+            longest = grown
         now = perf_counter()
         batch = [self._rows.pop(number) for number in chosen]
         for row in batch:

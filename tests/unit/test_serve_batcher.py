@@ -1,0 +1,273 @@
+"""The queue's rules, on a fake classifier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from serve_fake import FakeClassifier, answer, task
+
+from serve.batcher import Batcher, ClientGone, DeadlinePassed, QueueFull, TooManyTexts
+from serve.errors import Failure
+from serve.tokenize import Encoded
+
+FILM, FOOD = task("film"), task("food", ("no", "so", "yes"))
+
+
+def rows(*lengths: int, of: Any = FILM) -> list[Encoded]:
+    return [Encoded([5] * length, False, of) for length in lengths]
+
+
+def run(
+    story: Callable[[Batcher, FakeClassifier], Awaitable[None]], **settings: Any
+) -> FakeClassifier:
+    """Run a test's story with a started batcher, and end it within seconds whatever happens."""
+    fake = FakeClassifier()
+    values = {"token_budget": 100, "max_rows": 4, "max_tasks": 2, "max_wait": 0.0,
+              "max_queue": 20, "deadline": 5.0} | settings  # fmt: skip
+
+    async def main() -> None:
+        batcher = Batcher(fake.run, **values)
+        await batcher.start()
+        try:
+            await asyncio.wait_for(story(batcher, fake), 20)
+        finally:
+            fake.gate.set()
+            await batcher.stop(5)
+
+    asyncio.run(main())
+    return fake
+
+
+def send(batcher: Batcher, encoded: list[Encoded]) -> asyncio.Future:
+    request = batcher.admit(len(encoded))
+    batcher.enqueue(request, encoded)
+    return request.future
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+
+
+def test_results_come_back_in_order_whatever_the_batches() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        encoded = rows(9, 2, 40) + rows(3, 1, of=FOOD) + rows(30)
+        results = await send(batcher, encoded)
+        assert results == [answer(item) for item in encoded]
+        assert batcher.waiting == 0
+
+    run(story)
+
+
+def test_waiting_requests_are_merged_across_tasks() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        futures = [send(batcher, rows(3))]
+        await settle()  # the worker is busy with the first
+        futures += [send(batcher, rows(4, of=kind)) for kind in (FILM, FOOD, FILM)]
+        fake.gate.set()
+        await asyncio.gather(*futures)
+        assert [len(batch) for batch in fake.batches] == [1, 3]
+
+    run(story)
+
+
+def test_the_oldest_waits_max_wait_for_others() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        first = send(batcher, rows(3))
+        await asyncio.sleep(0.05)
+        second = send(batcher, rows(3))
+        await asyncio.gather(first, second)
+        assert [len(batch) for batch in fake.batches] == [2]
+
+    run(story, max_wait=0.5)
+
+
+@pytest.mark.parametrize("count_and_length", [(4, 3), (2, 50)])
+def test_a_full_batch_does_not_wait(count_and_length: tuple[int, int]) -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        count, length = count_and_length
+        await asyncio.wait_for(send(batcher, rows(*[length] * count)), 5)
+
+    run(story, max_wait=60, deadline=100)
+
+
+def test_a_batch_keeps_to_rows_tokens_and_tasks() -> None:
+    kinds = [task(f"t{i}") for i in range(5)]
+
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        lengths = [1 + (7 * i) % 45 for i in range(20)]
+        encoded = [Encoded([5] * n, False, kinds[i % 5]) for i, n in enumerate(lengths)]
+        results = await send(batcher, encoded)
+        assert [r.task for r in results] == [item.task.name for item in encoded]
+
+    fake = run(story)
+    for batch in fake.batches:
+        longest = max(len(item.ids) for item in batch)
+        assert len(batch) <= 4 and len({item.task.name for item in batch}) <= 2
+        assert len(batch) * longest <= 100
+    assert sum(len(batch) for batch in fake.batches) == 20
+
+
+def test_every_batch_holds_the_oldest_text() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        odd = send(batcher, rows(90))  # fits with nothing else
+        others = [send(batcher, rows(2, 2, 2, 2)) for _ in range(3)]
+        fake.gate.set()
+        await asyncio.gather(busy, odd, *others)
+        assert [len(item.ids) for item in fake.batches[1]] == [90]
+
+    run(story)
+
+
+def test_texts_of_like_length_share_a_batch() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        mixed = send(batcher, rows(300, 4, 290, 5, 310))
+        fake.gate.set()
+        await asyncio.gather(busy, mixed)
+        sizes = [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]]
+        assert sizes == [[290, 300, 310], [4, 5]]
+
+    run(story, token_budget=10_000)
+
+
+def test_the_queue_is_bounded_in_texts() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        first = send(batcher, rows(1))
+        await settle()
+        waiting = send(batcher, rows(*[2] * 15))
+        with pytest.raises(QueueFull) as caught:
+            batcher.admit(6)
+        assert caught.value.retry_after >= 1
+        with pytest.raises(TooManyTexts):
+            batcher.admit(21)
+        fits = send(batcher, rows(*[2] * 5))
+        assert batcher.waiting == 20
+        fake.gate.set()
+        await asyncio.gather(first, waiting, fits)
+        await send(batcher, rows(*[2] * 20))  # all of it is free again
+
+    run(story)
+
+
+def test_a_deadline_ends_a_request_and_its_texts_are_not_run() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        running = send(batcher, rows(1))
+        await settle()
+        late = send(batcher, rows(7, 7))
+        with pytest.raises(DeadlinePassed):
+            await late
+        with pytest.raises(DeadlinePassed):
+            await running
+        assert batcher.waiting == 0
+        fake.gate.set()
+        await settle()
+        assert [len(batch) for batch in fake.batches] == [1]
+        await send(batcher, rows(2))
+
+    run(story, deadline=0.3)
+
+
+def test_a_client_that_goes_costs_no_work() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        running = send(batcher, rows(1))
+        await settle()
+        request = batcher.admit(3)
+        batcher.enqueue(request, rows(2, 2, 2))
+        stays = send(batcher, rows(4))
+        batcher.fail(request, ClientGone())
+        assert batcher.waiting == 1
+        fake.gate.set()
+        await asyncio.gather(running, stays)
+        assert [[len(i.ids) for i in batch] for batch in fake.batches] == [[1], [4]]
+
+    run(story)
+
+
+def test_a_request_that_ended_while_it_was_tokenized_is_not_queued() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        request = batcher.admit(2)
+        batcher.fail(request, ClientGone())
+        batcher.enqueue(request, rows(2, 2))
+        await settle()
+        assert fake.batches == [] and batcher.waiting == 0
+
+    run(story)
+
+
+def test_a_broken_task_fails_alone() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        fake.broken.add("food")
+        good, bad = send(batcher, rows(2, 3)), send(batcher, rows(2, of=FOOD))
+        fake.gate.set()
+        await busy
+        assert await good == [answer(item) for item in rows(2, 3)]
+        with pytest.raises(Failure, match="food"):
+            await bad
+
+    run(story)
+
+
+def test_stop_answers_what_was_accepted_without_waiting_for_company() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        futures = [send(batcher, rows(n)) for n in (2, 3, 40)]
+        assert await batcher.stop(5)
+        assert all(future.done() for future in futures)
+
+    run(story, max_wait=60, deadline=100)
+
+
+def test_stop_says_when_a_request_was_left() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        future = send(batcher, rows(2))
+        await settle()
+        assert not await batcher.stop(0.1)
+        with pytest.raises(DeadlinePassed):
+            await future
+
+    run(story)
+
+
+def test_two_workers_run_two_batches_at_once() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        futures = [send(batcher, rows(1)), send(batcher, rows(1))]
+        await settle()
+        futures.append(send(batcher, rows(90)))
+        await settle()
+        assert len(batcher.running_since) == 2
+        fake.gate.set()
+        await asyncio.gather(*futures)
+
+    run(story, workers=2, max_rows=1)
+
+
+def test_alive_is_false_while_a_batch_hangs() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        assert batcher.alive()
+        fake.gate.clear()
+        with pytest.raises(DeadlinePassed):
+            await send(batcher, rows(1))
+        await asyncio.sleep(0.05)
+        assert not batcher.alive()
+        fake.gate.set()
+        await settle()
+        assert batcher.alive()
+
+    run(story, deadline=0.1)
