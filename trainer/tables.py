@@ -20,9 +20,11 @@ from serve.errors import Failure, UserError
 
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the flat memory
-_BATCH = 4096  # Parquet rows at a time
+_BATCH = 4096  # Parquet rows, or lines between two reports of progress
+_BUFFER = 1 << 20  # bytes of a Parquet column read at a time
 
 Row = dict[str, Any]
+Advance = Callable[[int], None]
 
 
 def kind_of(path: str | Path) -> str:
@@ -33,11 +35,10 @@ def kind_of(path: str | Path) -> str:
     return path.suffix.lower()
 
 
-def open_packed(path: str | Path) -> IO[bytes]:
-    """Open a file for reading bytes, through gzip, bzip2 or xz by its suffix."""
-    path = Path(path)
+def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """The bytes of an open file, through gzip, bzip2 or xz by its suffix."""
     opener = _PACKED.get(path.suffix.lower())
-    return opener(path, "rb") if opener else path.open("rb")
+    return opener(raw, "rb") if opener else raw
 
 
 def check_file(path: str | Path, flag: str = "--data") -> Path:
@@ -56,8 +57,19 @@ def check_file(path: str | Path, flag: str = "--data") -> Path:
     return path
 
 
-def decoded_lines(path: Path, limit: int = _LINE_LIMIT) -> Iterator[str]:
+def decoded_lines(
+    path: Path,
+    limit: int = _LINE_LIMIT,
+    on_bad: Callable[[str], None] | None = None,
+    advance: Advance | None = None,
+) -> Iterator[str]:
     """The lines of a UTF-8 file, line ends kept; a byte-order mark is dropped.
+
+    Args:
+        path: the file.
+        limit: bytes that a line may have.
+        on_bad: told of a line that is not UTF-8, which is then left out; None raises instead.
+        advance: told how many bytes of the file were read since the last call.
 
     Raises:
         UserError: text that is not UTF-8 (with line and byte), a line of over `limit` bytes.
@@ -65,10 +77,14 @@ def decoded_lines(path: Path, limit: int = _LINE_LIMIT) -> Iterator[str]:
     """
     offset = 0
     number = 0
+    told = 0
     try:
-        with open_packed(path) as file:
+        with path.open("rb") as compressed, _unpacked(path, compressed) as file:
             while raw := file.readline(limit + 1):
                 number += 1
+                if advance and number % _BATCH == 0:
+                    told, before = compressed.tell(), told
+                    advance(told - before)
                 if len(raw) > limit:
                     raise UserError(
                         f"{path}, line {number} is longer than {limit >> 20} MiB: "
@@ -79,12 +95,18 @@ def decoded_lines(path: Path, limit: int = _LINE_LIMIT) -> Iterator[str]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(
+                    message = (
                         f"{path}, line {number}: byte 0x{raw[error.start]:02x} at offset "
                         f"{offset + error.start} is not UTF-8: save the file as UTF-8"
-                    ) from None
-                yield line
+                    )
+                    if on_bad is None:
+                        raise UserError(message) from None
+                    on_bad(message)
+                else:
+                    yield line
                 offset += len(raw)
+            if advance:
+                advance(compressed.tell() - told)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
 
@@ -98,9 +120,11 @@ def _require(path: Path, columns: Sequence[str], present: Sequence[str]) -> None
             )
 
 
-def _separated(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[tuple[str, Row]]:
+def _separated(
+    path: Path, columns: Sequence[str], delimiter: str, advance: Advance | None
+) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # reviews can be longer than 128 KiB
-    reader = csv.reader(decoded_lines(path), delimiter=delimiter, strict=True)
+    reader = csv.reader(decoded_lines(path, advance=advance), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         _require(path, columns, header)
@@ -122,8 +146,10 @@ def _separated(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[t
         ) from None
 
 
-def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(decoded_lines(path), start=1):
+def _json_lines(
+    path: Path, columns: Sequence[str], advance: Advance | None
+) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(decoded_lines(path, advance=advance), start=1):
         if not line.strip():
             continue
         try:
@@ -143,27 +169,38 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]
         yield f"line {number}", row
 
 
-def _parquet(path: Path, columns: Sequence[str], keep_all: bool) -> Iterator[tuple[str, Row]]:
+def _parquet(
+    path: Path, columns: Sequence[str], keep_all: bool, advance: Advance | None
+) -> Iterator[tuple[str, Row]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Buffered and not read ahead, so that a row group larger than memory is streamed as well.
+        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
             _require(path, columns, names)
             number = 0
+            bytes_a_row = path.stat().st_size / max(1, file.metadata.num_rows)
             batches = file.iter_batches(_BATCH, columns=None if keep_all else list(columns))
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
+                if advance:
+                    advance(round(batch.num_rows * bytes_a_row))
     except (arrow.ArrowInvalid, OSError) as error:
         first = str(error).splitlines()[0]
         raise Failure(f"{path} is damaged or no Parquet file ({first}): get it again") from None
 
 
 def iterate_rows(
-    path: str | Path, columns: Sequence[str], *, keep_all: bool = False, flag: str = "--data"
+    path: str | Path,
+    columns: Sequence[str],
+    *,
+    keep_all: bool = False,
+    flag: str = "--data",
+    advance: Advance | None = None,
 ) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of a CSV, TSV, JSONL or Parquet file; place reads "line 3" or "row 3".
 
@@ -172,6 +209,7 @@ def iterate_rows(
         columns: the columns that every row must have.
         keep_all: whether a row carries the other columns as well.
         flag: the flag that named the file, for errors.
+        advance: told how many bytes of the file were read since the last call.
 
     Raises:
         UserError: a missing or empty file, another format, a missing column, a ragged row, text
@@ -181,10 +219,10 @@ def iterate_rows(
     path = check_file(path, flag)
     kind = kind_of(path)
     if kind in (".csv", ".tsv"):
-        yield from _separated(path, columns, "," if kind == ".csv" else "\t")
+        yield from _separated(path, columns, "," if kind == ".csv" else "\t", advance)
     elif kind in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, columns)
+        yield from _json_lines(path, columns, advance)
     elif kind == ".parquet":
-        yield from _parquet(path, columns, keep_all)
+        yield from _parquet(path, columns, keep_all, advance)
     else:
         raise UserError(f"{flag} {path}: the name must end in .csv, .tsv, .jsonl or .parquet")

@@ -1,0 +1,260 @@
+"""`label`: sentences of an open corpus with pseudo-labels, for meta-training (paper, section 4.1).
+
+A small classifier is trained on a labelled set (Yelp-5 in the paper), annotates the corpus sentence
+by sentence, and the sentences that it is sure of are kept, as many of each class. The corpus is
+streamed: what is in memory is one chunk, at most `per_class` sentences of each class, and a
+histogram of confidences.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from serve.cli import as_json, option
+from serve.errors import UserError
+from serve.files import atomic_write
+from trainer.classifier import KINDS, Labeller, train_labeller
+from trainer.corpus import Sentence, find_files, sentences, split_sentences
+from trainer.data import Examples, load_examples, load_task
+from trainer.reservoir import Reservoir, fingerprint
+from trainer.runs import write_record
+from trainer.tables import iterate_rows
+
+logger = logging.getLogger(__name__)
+
+SHOWN = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds in the report
+_CHECKPOINT_SECONDS = 60.0  # a kill costs at most this much work
+_DEFAULT_TASK = "yelp5"
+
+
+@dataclass(kw_only=True)
+class LabelConfig:
+    """Annotate open text with pseudo-labels and keep the sentences that are sure (section 4.1).
+
+    The classifier learns from the labelled set's training rows; its accuracy is measured on the
+    set's test rows. As many sentences of each class are kept. With --labelled no corpus is
+    annotated: the labelled set itself is written, with its own labels (the paper's MetaPT(Y)).
+    A run that was killed goes on where it stood when the same command is given again.
+    """
+
+    out: str = option(help="the Parquet file to write: text, label, confidence, source")
+    corpus: list[str] = option(
+        [], help="text, CSV, JSONL or Parquet files, folders or globs; .gz, .bz2 and .xz as well"
+    )
+    task: str | None = option(
+        None, help=f"the labelled set to learn from (default: {_DEFAULT_TASK}, as in 4.1)"
+    )
+    data: str | None = option(None, help="a local labelled file to learn from", metavar="FILE")
+    data_dir: str | None = option(
+        None, help="a folder of files named after the tasks, used in place of the hub",
+        metavar="FOLDER",
+    )  # fmt: skip
+    text_column: str | None = option(None, help="column of the labelled texts")
+    label_column: str = option("label", help="column of the labels")
+    labelled: bool = option(False, help="write the labelled set itself; no corpus is read")
+    corpus_column: str = option("text", help="text column of CSV, JSONL and Parquet corpora")
+    units: str = option(
+        "line", choices=("line", "paragraph"),
+        help="a line of plain text stands alone, or belongs to a paragraph up to an empty line",
+    )  # fmt: skip
+    classifier: str = option(
+        "tfidf", choices=KINDS,
+        help="logistic regression on words and pairs (thousands of sentences a second on a core) "
+        "or on sentence embeddings (a hundred or two)",
+    )  # fmt: skip
+    encoder: str | None = option(None, help="sentence-transformers id or folder for embedding")
+    threshold: float = option(
+        0.5, minimum=0, maximum=1,
+        help="least probability of the likeliest class; the report shows what others would keep",
+    )  # fmt: skip
+    per_class: int = option(10_000, help="sentences kept of each class at most", minimum=1)
+    balance: bool = option(True, help="keep as many sentences of each class (4.1)")
+    min_words: int = option(4, help="shorter sentences, as headings, are left out", minimum=1)
+    max_words: int = option(60, help="longer sentences, as lists, are left out", minimum=1)
+    exclude: list[str] = option(
+        [],
+        help="files whose texts and sentences must not get in, as the downstream sets "
+        "(compared by letters and digits)",
+    )
+    exclude_column: str = option("text", help="text column of the --exclude files")
+    labelled_rows: int = option(
+        20_000, help="labelled rows to learn from at most; 0 for all", minimum=0
+    )
+    chunk: int = option(4096, help="sentences annotated at a time", minimum=1)
+    limit: int = option(0, help="stop after this many sentences; 0 reads all", minimum=0)
+    seed: int = option(1, help="chooses which of the sure sentences are kept", minimum=0)
+
+    examples = [
+        "--corpus 'wiki/*.txt.gz' --data-dir data --exclude data/sst2.parquet --out sure.parquet",
+        "--corpus dump.jsonl --corpus-column body --data stars.csv --threshold 0.6 --out s.parquet",
+        "--labelled --task yelp5 --data-dir data --per-class 2000 --out reviews.parquet",
+    ]
+
+
+def run_label(config: LabelConfig) -> None:
+    """`python -m trainer label`."""
+    _check(config)
+    files = find_files(config.corpus) if config.corpus else []
+    banned = read_banned(config.exclude, config.exclude_column)
+    figures: dict[str, Any] = {}
+    if config.labelled:
+        rows = _labelled(config, None)
+        names = rows.names
+        reservoir = Reservoir(config.per_class, 0.0, config.seed, len(names))
+        whole = [Sentence(text, rows.source) for text in rows.texts]
+        reservoir.add(whole, np.eye(len(names))[rows.labels], banned)
+    else:
+        train, test = _labelled(config, "train"), _labelled(config, "test")
+        names = train.names
+        labeller = train_labeller(
+            train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
+            seed=config.seed, words=(config.min_words, config.max_words),
+        )  # fmt: skip
+        figures = labeller.measure(test, config.threshold)
+        sys.stdout.write(_describe(figures, config, test.source, len(names)))
+        reservoir = _annotate(config, files, labeller, banned)
+        sys.stdout.write(report(reservoir, names))
+    _warn_of_rare(reservoir, names, config)
+    columns = reservoir.choose(config.balance)
+    _write(columns, Path(config.out))
+    counts = np.bincount(columns["label"], minlength=len(names)).tolist()
+    write_record(
+        Path(config.out).with_suffix(".run.json"), "label", config, labels=list(names),
+        classifier=figures, sentences=reservoir.seen, excluded=reservoir.excluded,
+        repeated=reservoir.repeated, confident=reservoir.confident.tolist(), written=counts,
+    )  # fmt: skip
+    shutil.rmtree(_checkpoint(config), ignore_errors=True)
+    shown = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+    sys.stdout.write(f"{config.out}: {sum(counts)} sentences ({shown})\n")
+
+
+def _check(config: LabelConfig) -> None:
+    if config.corpus and config.labelled:
+        raise UserError("--labelled reads no --corpus: pass one of the two")
+    if not config.corpus and not config.labelled:
+        raise UserError("--corpus is missing: pass files to annotate, or --labelled")
+    if config.min_words > config.max_words:
+        raise UserError(f"--min-words {config.min_words} is above --max-words {config.max_words}")
+    if Path(config.out).suffix != ".parquet":
+        raise UserError(f"--out {config.out}: the name must end in .parquet")
+    if Path(config.out).is_dir():
+        raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
+
+
+def _labelled(config: LabelConfig, split: str | None) -> Examples:
+    """The labelled set's rows; a file without --task brings its own classes."""
+    if config.data is not None and config.task is None:
+        column = config.text_column or "text"
+        return load_examples(config.data, column, config.label_column, split=split)
+    return load_task(
+        config.task or _DEFAULT_TASK, split, data=config.data, data_dir=config.data_dir,
+        text_column=config.text_column, label_column=config.label_column,
+    )  # fmt: skip
+
+
+def read_banned(files: Sequence[str], column: str) -> set[int]:
+    """Fingerprints of the texts of files, and of each text's sentences."""
+    banned: set[int] = set()
+    for path in files:
+        for _, row in iterate_rows(path, [column], flag="--exclude"):
+            if isinstance(row[column], str):
+                banned.add(fingerprint(row[column]))
+                banned.update(map(fingerprint, split_sentences(row[column])))
+    return banned
+
+
+def _checkpoint(config: LabelConfig) -> Path:
+    return Path(config.out).with_suffix(".checkpoint")
+
+
+def _annotate(
+    config: LabelConfig, files: Sequence[Path], labeller: Labeller, banned: set[int]
+) -> Reservoir:
+    """Stream the corpus through the classifier into the reservoir, with checkpoints."""
+    reservoir = Reservoir(config.per_class, config.threshold, config.seed, labeller.classes)
+    run = {"config": as_json(config), "sizes": [path.stat().st_size for path in files]}
+    folder = _checkpoint(config)
+    if reservoir.restore(folder, run):
+        logger.info("going on after %d sentences (%s)", reservoir.seen, folder)
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="label") as bar:
+        stream = sentences(
+            files, config.corpus_column, config.units, config.min_words, config.max_words,
+            bar.update,
+        )  # fmt: skip
+        rest = itertools.islice(stream, reservoir.seen, config.limit or None)
+        saved = time.monotonic()
+        while chunk := list(itertools.islice(rest, config.chunk)):
+            reservoir.add(chunk, labeller.probabilities([s.text for s in chunk]), banned)
+            bar.set_postfix(sentences=reservoir.seen, sure=int(reservoir.confident.sum()))
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                reservoir.save(folder, run)
+                saved = time.monotonic()
+    if reservoir.seen == 0:
+        raise UserError(
+            f"--corpus holds no sentence of {config.min_words} to {config.max_words} words: pass "
+            "other files, --min-words or --max-words"
+        )
+    return reservoir
+
+
+def _describe(figures: dict[str, Any], config: LabelConfig, source: str, classes: int) -> str:
+    near = f", within one class {figures['within_one']:.3f}" if classes > 3 else ""
+    return (
+        f"classifier ({config.classifier}): accuracy {figures['accuracy']:.3f}{near} on "
+        f"{figures['rows']} held-out rows of {source}\n"
+        f"  of these {figures['confident_share']:.1%} reach --threshold {config.threshold:g}, with "
+        f"accuracy {figures['confident_accuracy']:.3f}\n"
+    )
+
+
+def report(reservoir: Reservoir, names: Sequence[str]) -> str:
+    """A table: what each threshold would keep of the corpus, in all and by class."""
+    width = max(10, *(len(name) for name in names)) + 2
+    lines = [
+        f"{reservoir.seen} sentences; {reservoir.excluded} excluded and {reservoir.repeated} "
+        f"repeated ones left out; sure by class: {reservoir.confident.tolist()}",
+        f"{'threshold':>9} {'kept':>7}" + "".join(f"{name:>{width}}" for name in names),
+    ]
+    for threshold in SHOWN:
+        counts = reservoir.above(threshold)
+        share = counts.sum() / reservoir.seen
+        lines.append(
+            f"{threshold:>9.1f} {share:>7.2%}" + "".join(f"{count:>{width}}" for count in counts)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _warn_of_rare(reservoir: Reservoir, names: Sequence[str], config: LabelConfig) -> None:
+    sizes = [len(kept) for kept in reservoir.kept]
+    rarest = int(np.argmin(sizes))
+    advice = "lower --threshold, pass more text, or pass --no-balance"
+    if not any(sizes) or (config.balance and not sizes[rarest]):
+        raise UserError(
+            f"no sentence of class '{names[rarest]}' reached --threshold {config.threshold:g}: "
+            f"{advice}"
+        )
+    if config.balance and sizes[rarest] < min(config.per_class, max(sizes)):
+        logger.warning(
+            "class '%s' has %d sure sentences, so %d of each class are kept: to keep more, %s",
+            names[rarest], sizes[rarest], sizes[rarest], advice,
+        )  # fmt: skip
+
+
+def _write(columns: dict[str, Any], path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    with atomic_write(path) as temporary:
+        parquet.write_table(arrow.table(columns), temporary, compression="zstd")
