@@ -29,21 +29,21 @@ def _placeholder(line: str) -> type:
     return dataclass(config)
 
 
-def _commands(argv: list[str]) -> dict[str, Command]:
+def commands(argv: list[str]) -> dict[str, Command]:
     asked = argv[0] if argv else ""
-    commands = {}
+    found = {}
     for name, (module, config, function, line) in _TABLE.items():
         if name == asked:
             loaded = importlib.import_module(f"trainer.{module}")
-            commands[name] = Command(getattr(loaded, config), getattr(loaded, function))
+            found[name] = Command(getattr(loaded, config), getattr(loaded, function))
         else:
-            commands[name] = Command(_placeholder(line), lambda _: None)
-    return commands
+            found[name] = Command(_placeholder(line), lambda _: None)
+    return found
 
 
 if __name__ == "__main__":
     main(
         "python -m trainer",
         "Train soft prompts: MetaPT, its baselines, and the compact backbone.",
-        _commands(sys.argv[1:]),
+        commands(sys.argv[1:]),
     )

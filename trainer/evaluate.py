@@ -34,7 +34,8 @@ class EvaluateConfig(TaskOptions):
     prompt: str = option(help="a prompt folder, or a fully tuned model's", positional=True)
     backbone: str | None = option(None, help="the T5 (default: the one the prompt names)")
     split: str = option(
-        "validation", help="rows to evaluate on; `all` for every row of a file",
+        "test", help="rows to evaluate on (a set without test rows: its validation rows, or a "
+        "fifth chosen by hash, which tuning never draws); `all` for every row of a file",
         choices=("train", "validation", "test", "all"),
     )  # fmt: skip
     limit: int = option(0, help="at most this many rows, drawn by seed 0 (0: all)", minimum=0)

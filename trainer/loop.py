@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from serve.errors import Failure, UserError
-from serve.files import atomic_folder
+from serve.files import atomic_folder, read_json
 from trainer.modes import Params
 from trainer.runs import METRICS_FILE
+from trainer.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def check_rate(rate: float, steps: int, params: Params, flag: str = "--rate") ->
     Raises:
         UserError: that is under one per cent of the prompt's own size.
     """
-    size = math.sqrt(sum(float(value.double().pow(2).sum()) for value in params.values()))
+    size = math.sqrt(sum(float(value.detach().double().pow(2).sum()) for value in params.values()))
     size /= math.sqrt(sum(value.numel() for value in params.values()))
     if rate * steps < 0.01 * size:
         raise UserError(
@@ -254,22 +253,15 @@ class Loop:
             "lowest_loss": None if math.isinf(state.lowest_loss) else state.lowest_loss,
         }
         with atomic_folder(self.checkpoint) as folder:
-            save_file(
-                {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "state.safetensors"
-            )
+            write_tensors(tensors, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps(record))
             (folder / METRICS_FILE).write_text(self.metrics_text())
 
     def _restore(self) -> bool:
         if self.checkpoint is None or not (self.checkpoint / "state.json").is_file():
             return False
-        try:
-            record = json.loads((self.checkpoint / "state.json").read_text())
-            tensors = load_file(self.checkpoint / "state.safetensors")
-        except (ValueError, OSError, SafetensorError) as error:
-            raise Failure(
-                f"checkpoint {self.checkpoint} is damaged ({error}): remove it to start anew"
-            ) from None
+        record = read_json(self.checkpoint / "state.json")
+        tensors = read_tensors(self.checkpoint / "state.safetensors", "remove it to start anew")
         if record.pop("fingerprint") != self.fingerprint:
             raise UserError(
                 f"checkpoint {self.checkpoint} is of a run with other settings: repeat those, pass "

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
+from trainer.tensors import read_tensors, write_tensors
 
 FORMAT = 1
 DEFAULT_TEMPLATE = "{text} It was <extra_id_0>."
@@ -100,12 +99,9 @@ def save_prompt(
     task = prompt.task
     if backbone is not None:
         task.backbone, task.backbone_sha256 = backbone.name, backbone.sha256
-    tensors = {
-        name: value.detach().to("cpu", torch.float32).contiguous()
-        for name, value in prompt.params.items()
-    }
+    tensors = {name: value.float() for name, value in prompt.params.items()}
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, temporary / WEIGHTS)
         record = json.dumps(asdict(task), indent=2, ensure_ascii=False)
         (temporary / "task.json").write_text(record + "\n", "utf-8")
         if "prompt_embeddings" in tensors:
@@ -189,10 +185,7 @@ def _read_npy(path: Path) -> torch.Tensor:
 
 
 def _read_tensors(path: Path) -> Params:
-    try:
-        params = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Failure(f"{path} is damaged or cut short ({error}): copy it again") from None
+    params = read_tensors(path, "copy it again")
     if not params:
         raise Failure(f"{path} holds no tensors: train the prompt again")
     for name, value in params.items():

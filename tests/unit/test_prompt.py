@@ -111,7 +111,7 @@ def test_a_failed_save_leaves_what_was_there(
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.prompt.save_file", full_disk)
+    monkeypatch.setattr("trainer.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_prompt(prompt, tmp_path / "p", backbone)
     assert {f.name: f.read_bytes() for f in (tmp_path / "p").iterdir()} == before

@@ -1,0 +1,241 @@
+"""`python -m trainer quickstart`: the whole path on real sentences, small enough for two cores.
+
+    film ratings ──label──► open text with pseudo-labels ──cluster──► tasks ──meta──► MetaPT start
+    product and tweet ratings ──tune──► prompts ──export──► bundle ──serve──► figures
+
+The sentences are VADER's (Hutto and Gilbert 2014), each rated by some twenty people. Film ratings
+teach the labeller, film and editorial sentences are its open text; products and tweets are never
+seen before a prompt is tuned on 40 of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.cli import as_json, option
+from serve.files import atomic_write, write_json
+from trainer.data import Examples, load_task
+from trainer.options import output_folder, pick_device
+from trainer.runs import RUN_FILE, versions
+
+log = logging.getLogger(__name__)
+
+TASKS = ("vader-product-2", "vader-tweet-2")
+STARTS = ("metapt", "random")
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """Label, cluster, meta-train, tune, export and serve, in minutes on two cores.
+
+    Every stage leaves its result in --out and is skipped when it is there already, so a run that
+    was stopped goes on. --out/bundle is what `python -m serve` and `python -m demo` take.
+    """
+
+    out: str = option("runs/quickstart", help="folder of everything that is made")
+    backbone: str = option("mini", help="a Hugging Face id, a folder, or mini, which ships")
+    mode: str = option("prefix", choices=("full", "prefix", "deep"), help="attention mode")
+    prompt_tokens: int = option(20, help="P; the paper's 100 take longer to train", minimum=1)
+    sentences: int = option(1200, help="pseudo-labelled sentences kept of each class", minimum=50)
+    meta_steps: int = option(60, help="outer steps of MetaPT (the paper's 20,000)", minimum=1)
+    test_rows: int = option(500, help="rows of each task that are classified", minimum=10)
+    seed: int = option(1, help="seed of every random draw", minimum=0)
+    device: str = option("auto", help="auto, cpu or cuda, for the training")
+
+    examples = ["", "--backbone google-t5/t5-base --prompt-tokens 100 --meta-steps 2000"]
+
+
+class Files:
+    """The files of a quick start."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.rated = out / "film_rated.csv"
+        self.text = out / "open_text.txt"
+        self.labelled = out / "labelled.parquet"
+        self.clusters = out / "clusters.parquet"
+        self.metapt = out / "metapt"
+        self.bundle = out / "bundle"
+        self.report = out / "report.json"
+
+    def prompt(self, task: str, start: str) -> Path:
+        """The folder of a tuned prompt."""
+        return self.out / f"{task}-from-{start}"
+
+
+def _fresh(result: Path, config: Any) -> bool:
+    """Whether a stage's result is there, made with the same settings."""
+    run = result / RUN_FILE if result.is_dir() else result.with_suffix(".run.json")
+    if not result.exists() or not run.is_file():
+        return False
+    try:
+        return json.loads(run.read_text()).get("config") == as_json(config)
+    except ValueError:
+        return False
+
+
+def _stage(title: str, result: Path, config: Any, run: Callable[[Any], object]) -> None:
+    if _fresh(result, config):
+        log.info("== %s: there already", title)
+        return
+    log.info("== %s", title)
+    started = time.monotonic()
+    run(config)
+    log.info("   %.0f s", time.monotonic() - started)
+
+
+def write_source(files: Files, seed: int) -> None:
+    """Film ratings for the labeller, and the other sentences as open text without labels."""
+    import csv
+
+    from trainer import vader
+
+    rated = vader.load("film", 2)
+    order = np.random.default_rng(seed).permutation(len(rated))
+    taught = rated.take(order[: len(rated) // 2])
+    known = set(taught.texts)
+    with atomic_write(files.rated) as path, path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(
+            (text, rated.names[label])
+            for text, label in zip(taught.texts, taught.labels, strict=True)
+        )
+    everything = vader.sentences()
+    texts = [*everything["film"].texts, *everything["editorial"].texts]
+    with atomic_write(files.text) as path:
+        path.write_text("".join(f"{text}\n" for text in texts if text not in known), "utf-8")
+
+
+def _train(config: QuickstartConfig, files: Files) -> None:
+    from trainer.cluster import ClusterConfig, run_cluster
+    from trainer.label import LabelConfig, run_label
+    from trainer.source import MetaConfig, run_meta
+    from trainer.tune import TuneConfig, run_tune
+
+    if not (files.rated.is_file() and files.text.is_file()):
+        write_source(files, config.seed)
+    label = LabelConfig(
+        out=str(files.labelled), corpus=[str(files.text)], data=str(files.rated),
+        threshold=0.6, per_class=config.sentences, seed=config.seed,
+    )  # fmt: skip
+    _stage("label open text (4.1)", files.labelled, label, run_label)
+    cluster = ClusterConfig(data=str(files.labelled), out=str(files.clusters), seed=config.seed)
+    _stage("cluster it into tasks (4.2)", files.clusters, cluster, run_cluster)
+    common = {
+        "backbone": config.backbone, "mode": config.mode, "prompt_tokens": config.prompt_tokens,
+        "seed": config.seed, "device": config.device, "max_tokens": 64,
+    }  # fmt: skip
+    meta = MetaConfig(
+        data=str(files.clusters), out=str(files.metapt), steps=config.meta_steps,
+        evaluate_every=20, **common,
+    )  # fmt: skip
+    _stage(f"MetaPT, {config.meta_steps} outer steps (4.3)", files.metapt, meta, run_meta)
+    for task in TASKS:
+        for start in STARTS:
+            init = str(files.metapt) if start == "metapt" else "random"
+            tune = TuneConfig(
+                task=task, init=init, out=str(files.prompt(task, start)), name=task, **common
+            )
+            title = f"tune {task} on 40 samples, from {start} (A.4)"
+            _stage(title, files.prompt(task, start), tune, run_tune)
+
+
+def _export(config: QuickstartConfig, files: Files) -> None:
+    from exporter.export import export_bundle
+    from trainer.backbone import load_backbone
+
+    prompts = [files.prompt(task, start) for task in TASKS for start in STARTS]
+    newest = max((prompt / "task.json").stat().st_mtime for prompt in prompts)
+    ready = files.bundle / "bundle.json"
+    if ready.is_file() and ready.stat().st_mtime > newest:
+        log.info("== export to ONNX: there already")
+        return
+    log.info("== export to ONNX")
+    started = time.monotonic()
+    names = [
+        task if start == "metapt" else f"{task}-from-{start}" for task in TASKS for start in STARTS
+    ]
+    export_bundle(prompts, load_backbone(config.backbone), files.bundle, names=names)
+    log.info("   %.0f s", time.monotonic() - started)
+
+
+def _accuracy(answers: list[Any], examples: Examples) -> float:
+    truth = [examples.names[label] for label in examples.labels]
+    return float(
+        np.mean([answer.label == name for answer, name in zip(answers, truth, strict=True)])
+    )
+
+
+def _serve(config: QuickstartConfig, files: Files) -> dict[str, Any]:
+    from serve.classifier import Classifier
+
+    log.info("== classify %d unseen rows of each task with onnxruntime", config.test_rows)
+    classifier = Classifier(files.bundle)
+    rows: dict[str, Any] = {}
+    for task in TASKS:
+        examples = load_task(task, "test").sample(config.test_rows, config.seed)
+        majority = float(examples.counts.max() / len(examples))
+        result: dict[str, Any] = {"rows": len(examples), "majority": majority}
+        for start in STARTS:
+            name = task if start == "metapt" else f"{task}-from-{start}"
+            classifier.classify(examples.texts[:32], task=name)  # the task's constants, once
+            started = time.perf_counter()
+            answers = classifier.classify(examples.texts, task=name)
+            seconds = time.perf_counter() - started
+            result[start] = _accuracy(answers, examples)
+            result["milliseconds_per_text"] = 1000 * seconds / len(examples)
+        rows[task] = result
+    text = load_task(TASKS[0], "test").texts[0]
+    times = []
+    for _ in range(30):
+        started = time.perf_counter()
+        classifier.classify([text], task=TASKS[0])
+        times.append(time.perf_counter() - started)
+    return {"tasks": rows, "milliseconds_single_text": 1000 * float(np.median(times))}
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The report as a table for a terminal."""
+    lines = [f"{'task':20}{'rows':>6}{'majority':>10}{'random start':>14}{'MetaPT start':>14}"]
+    for task, row in report["tasks"].items():
+        lines.append(
+            f"{task:20}{row['rows']:6}{row['majority']:10.3f}{row['random']:14.3f}"
+            f"{row['metapt']:14.3f}"
+        )
+    each = np.mean([row["milliseconds_per_text"] for row in report["tasks"].values()])
+    lines.append(
+        f"onnxruntime: {each:.2f} ms a text in batches, "
+        f"{report['milliseconds_single_text']:.1f} ms for a single text; "
+        f"{report['seconds']:.0f} s in all"
+    )
+    return "\n".join(lines)
+
+
+def run_quickstart(config: QuickstartConfig) -> None:
+    """`python -m trainer quickstart`."""
+    started = time.monotonic()
+    files = Files(output_folder(config.out))
+    pick_device(config.device)
+    files.out.mkdir(parents=True, exist_ok=True)
+    _train(config, files)
+    _export(config, files)
+    report = _serve(config, files)
+    report |= {
+        "seconds": time.monotonic() - started, "config": as_json(config), "versions": versions(),
+    }  # fmt: skip
+    write_json(files.report, report)
+    sys.stdout.write(
+        f"\n{report_table(report)}\n\nNext:\n"
+        f'  echo "I loved it." | python -m serve classify {files.bundle} --task {TASKS[0]}\n'
+        f"  python -m serve http {files.bundle}\n  python -m demo {files.bundle}\n"
+    )
