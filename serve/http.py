@@ -25,7 +25,7 @@ from serve.batcher import (
     TooManyTexts,
 )
 from serve.classifier import Classifier, Result
-from serve.errors import Failure, UserError
+from serve.errors import Failure
 from serve.metrics import Metrics
 from serve.protocol import Query, RequestError
 from serve.routes import make_routes
@@ -96,10 +96,10 @@ class App:
         await self.batcher.start()
         self._started = True
 
-    async def stop(self) -> None:
-        """Answer what was accepted, and end."""
+    async def stop(self, seconds: float = 30.0) -> None:
+        """Answer what was accepted within so many seconds, and end."""
         self.drain()
-        self.all_answered = await self.batcher.stop(self.limits.drain)
+        self.all_answered = await self.batcher.stop(seconds)
         self.side.shutdown(wait=False)
 
     def drain(self) -> None:
@@ -113,9 +113,7 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             if self.draining:
                 send = _closing(send)
             path = scope["path"]
@@ -127,22 +125,6 @@ class App:
                 await self._rest(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1000})
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                try:
-                    await self.start()
-                except (Failure, UserError) as error:
-                    log.error("error: %s", error)
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
-                    return
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self.stop()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
 
     # ---- a classification request ------------------------------------------------------------
 

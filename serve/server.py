@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
+from typing import Any
 
 import uvicorn
 from prometheus_client import disable_created_metrics
@@ -17,6 +19,7 @@ from serve.http import App, Limits
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4096  # open at once; beyond it the server answers 503
+_ARRIVAL = 0.2  # seconds that a request takes at most on a connection that was made at the very end
 
 
 def serve_forever(
@@ -48,18 +51,16 @@ def serve_forever(
         log_config=None,
         log_level="info" if access_log else "warning",
         access_log=access_log,
-        lifespan="on",
+        lifespan="off",
         server_header=False,
         date_header=False,
         limit_concurrency=_CONNECTIONS,
         backlog=2048,
         timeout_graceful_shutdown=max(1, round(limits.drain)),
     )
-    server = uvicorn.Server(config)
-    name = f"[{host}]" if ":" in host else host
-    address = f"http://{name}:{listener.getsockname()[1]}"
+    server = _Server(config, app, listener)
     with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_serve(app, server, listener, address))
+        return runner.run(server.run_to_end())
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -73,35 +74,67 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-async def _serve(app: App, server: uvicorn.Server, listener: socket.socket, address: str) -> int:
-    loop = asyncio.get_running_loop()
-    lingering: list[asyncio.Task[None]] = []
+class _Server(uvicorn.Server):
+    """uvicorn with our signals, and an end that loses no connection."""
 
-    async def end() -> None:
-        await asyncio.sleep(app.limits.linger)
-        server.should_exit = True
+    def __init__(self, config: uvicorn.Config, app: App, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._app, self._listener = app, listener
+        self._lingering: asyncio.Task[None] | None = None
 
-    def on_signal() -> None:
-        if lingering:
-            server.should_exit = server.force_exit = True
-            return
-        log.info("stopping: not ready, answering what has come")
-        app.drain()
-        lingering.append(asyncio.create_task(end()))
+    async def run_to_end(self) -> int:
+        """Start the application, serve, stop it; the process's exit code."""
+        await self._app.start()
+        # A second descriptor keeps the socket alive when uvicorn closes its own.
+        await self.serve(sockets=[self._listener.dup()])
+        await self._app.stop(0 if self.force_exit else self._app.limits.drain)
+        return 0 if self._app.all_answered else 1
 
-    async def announce() -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
         # uvicorn's own handlers would raise the signal again at the end, for an exit code of 143.
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, self._on_signal)
+        host, port = self._listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("ready on %s, documentation on %s/docs", address, address)
 
-    announcing = asyncio.create_task(announce())
-    await server.serve(sockets=[listener])
-    announcing.cancel()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-    if not server.started:
-        raise Failure("the server did not start; the reason stands above")
-    return 0 if app.all_answered else 1
+    def _on_signal(self) -> None:
+        if self._lingering is not None:
+            self.should_exit = self.force_exit = True
+            return
+        log.info("stopping: not ready any more, answering what comes")
+        self._app.drain()
+        self._lingering = asyncio.create_task(self._linger())
+
+    async def _linger(self) -> None:
+        await asyncio.sleep(self._app.limits.linger)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A client may have connected, and sent its request, while the kernel still keeps the
+        # connection for us: closing the socket would reset it. Take all of them, then close.
+        for server in self.servers:
+            server.close()
+        for item in sockets or []:
+            item.close()
+        self._listener.setblocking(False)
+        taken = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken.append(self._listener.accept()[0])
+        self._listener.close()
+        loop = asyncio.get_running_loop()
+        for connection in taken:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connection)
+        if taken:
+            await asyncio.sleep(_ARRIVAL)
+        await super().shutdown()
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        return kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )

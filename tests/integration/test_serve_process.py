@@ -1,0 +1,211 @@
+"""The server as a process, on a toy bundle: imports, signals, and tasks that come and go."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serve_toy as toy
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "secret"
+
+
+class Process:
+    """`python -m serve http`, once it is ready."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "serve", "http", str(folder), "--port", "0", "--threads", "1",
+             *flags],
+            stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env={**os.environ, "METAPT_ADMIN_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert self.popen.stderr is not None
+        self.port = 0
+        self.log: list[str] = []
+        for line in self.popen.stderr:
+            self.log.append(line)
+            if found := re.search(r"ready on http://127.0.0.1:(\d+)", line):
+                self.port = int(found[1])
+                break
+        assert self.port, "".join(self.log)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def end(self) -> int:
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(30)
+
+
+@contextmanager
+def running(folder: Path, *flags: str) -> Iterator[Process]:
+    process = Process(folder, *flags)
+    try:
+        yield process
+    finally:
+        if process.popen.poll() is None:
+            process.popen.kill()
+            process.popen.wait(10)
+
+
+def ask(
+    connection: http.client.HTTPConnection, path: str, body: Any = None, **headers: str
+) -> tuple[int, Any, bool]:
+    """Status, JSON, and whether the server closes the connection."""
+    connection.request("POST" if body is not None else "GET", path,
+                       None if body is None else json.dumps(body), headers)  # fmt: skip
+    response = connection.getresponse()
+    return response.status, json.loads(response.read()), response.will_close
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make_bundle(tmp_path_factory.mktemp("process") / "b")
+
+
+def test_classifying_and_serving_import_neither_torch_nor_transformers(folder: Path) -> None:
+    code = f"""
+import sys, asyncio
+import serve.__main__, serve.server
+from serve import Classifier
+from serve.http import App, Limits
+classifier = Classifier({str(folder)!r}, threads=1)
+assert classifier.classify(["good"], task="film")
+App(classifier, Limits())
+heavy = {{"torch", "transformers", "onnx", "sklearn", "scipy", "pandas", "gradio", "peft"}}
+own = {{"trainer", "exporter", "demo"}}
+sys.exit(", ".join(sorted((heavy | own) & set(sys.modules))) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_base_imports_no_runtime() -> None:
+    code = (
+        "import sys, serve.errors, serve.files, serve.cli; sys.exit('onnxruntime' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_sigterm_under_load_loses_no_request(folder: Path) -> None:
+    outcomes: list[str] = []
+
+    def work(process: Process, text: str) -> None:
+        connection = process.connect()
+        while True:
+            try:
+                connection.connect()
+            except ConnectionError:
+                return  # the server does not listen any more: nothing was accepted
+            closes = False
+            while not closes:
+                try:
+                    status, value, closes = ask(
+                        connection, "/classify", {"text": text, "task": "film"}
+                    )
+                    outcomes.append(f"{status} {value['results'][0]['label']}")
+                except (OSError, http.client.HTTPException) as error:
+                    outcomes.append(f"lost: {error!r}")
+                    return
+            connection.close()
+
+    with running(folder, "--max-wait", "20", "--linger", "0.5") as process:
+        threads = [threading.Thread(target=work, args=(process, "good " * n)) for n in range(1, 17)]
+        for thread in threads:
+            thread.start()
+        while len(outcomes) < 100:
+            time.sleep(0.01)
+        assert process.end() == 0
+        for thread in threads:
+            thread.join(30)
+    assert len(outcomes) >= 100 and set(outcomes) == {"200 positive"}
+
+
+def test_sigterm_makes_it_unready_at_once_and_answers_what_waits(folder: Path) -> None:
+    with running(folder, "--max-wait", "60000", "--deadline", "100", "--linger", "1") as process:
+        waiting = process.connect()
+        waiting.request("POST", "/classify", json.dumps({"text": "good", "task": "film"}))
+        time.sleep(0.3)  # it waits for company now
+        process.popen.send_signal(signal.SIGTERM)
+        response = waiting.getresponse()
+        assert response.status == 200 and json.loads(response.read())["results"]
+        status, value, closes = ask(process.connect(), "/v2/health/ready")
+        assert (status, closes) == (503, True) and "not ready" in value["error"]
+        assert process.popen.wait(30) == 0
+
+
+def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    toy.add(folder, "spare", ["n", "p"], ["bad", "good"], toy.prompt_of(50))
+    texts = ["good film", "bad awful dull", "", "the food was nice"]
+    wrong: list[Any] = []
+    done = threading.Event()
+    counted = [0]
+
+    with running(folder, "--bank-memory", "0.006") as process:  # a few slots: tasks get evicted
+        expected = {}
+        for task in ("film", "food", "spare"):
+            _, value, _ = ask(process.connect(), "/classify", {"texts": texts, "task": task})
+            expected[task] = [result["probabilities"] for result in value["results"]]
+
+        def work(task: str) -> None:
+            connection = process.connect()
+            while not done.is_set():
+                status, value, _ = ask(connection, "/classify", {"texts": texts, "task": task})
+                counted[0] += 1
+                if task == "spare" and status == 404:
+                    continue  # it is not there at the moment
+                got = [r["probabilities"] for r in value.get("results", [])]
+                if got != [pytest.approx(w, abs=1e-5) for w in expected[task]]:
+                    wrong.append((task, status, value))
+
+        threads = [
+            threading.Thread(target=work, args=(task,))
+            for task in ("film", "food", "spare", "film", "food", "spare")
+        ]
+        for thread in threads:
+            thread.start()
+        admin = process.connect()
+        token = {"authorization": f"Bearer {TOKEN}"}
+        for _ in range(100):
+            for action in ("unload", "load"):
+                path = f"/v2/repository/models/spare/{action}"
+                status, value, _ = ask(admin, path, {}, **token)
+                assert status == 200, value
+        done.set()
+        for thread in threads:
+            thread.join(30)
+        assert process.end() == 0
+    assert wrong == [] and counted[0] > 100
+
+
+def test_two_servers_share_one_bundle(folder: Path) -> None:
+    body = {"text": "good film", "task": "food"}
+    with running(folder) as one, running(folder) as other:
+        answers = [ask(process.connect(), "/classify", body)[:2] for process in (one, other)]
+        assert answers[0] == answers[1] and answers[0][0] == 200
+        assert (one.end(), other.end()) == (0, 0)
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(folder: Path) -> None:
+    with running(folder) as process:
+        done = subprocess.run(
+            [sys.executable, "-m", "serve", "http", str(folder), "--port", str(process.port)],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1 port {process.port}" in done.stderr.splitlines()[-1]
