@@ -20,6 +20,7 @@ _TABLE = {
     "finetune": ("finetune", "FinetuneConfig", "run_finetune", "full tuning, the baseline (A.1)"),
     "evaluate": ("evaluate", "EvaluateConfig", "run_evaluate", "accuracy, F1, calibration"),
     "tasks": ("listing", "TasksConfig", "run_tasks", "list the registered tasks"),
+    "reproduce": ("reproduce.command", "ReproduceConfig", "run_reproduce", "the paper, again"),
     "backbone": ("pretraining.command", "BackboneConfig", "run_backbone", "train a compact T5"),
 }
 

@@ -1,0 +1,229 @@
+"""Which runs a table or a figure is made of.
+
+A run's settings hold everything that its result depends on (backbone, data and source by their
+hashes, rates, seeds, the start it tunes from) and nothing that it does not (paths, device, jobs).
+Two tables that need the same run share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from serve.errors import UserError
+from trainer.modes import steer
+from trainer.reproduce.config import CLUSTERINGS, METHODS, ReproduceConfig
+from trainer.reproduce.store import Settings
+from trainer.tasks import PAPER_TASKS, get_task
+
+ROW_NAMES = {
+    "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
+    "metapt-y": "MetaPT(Y)", "setfit": "SetFit (all-MiniLM-L6-v2)",
+}  # fmt: skip
+CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label": "label"}
+
+SAMPLES = tuple(10 * 2**i for i in range(9))  # figure 2: 10 ... 2,560
+SOURCE_SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # figure 3a; cut to what there is
+CLUSTER_COUNTS = (3, 6, 10, 15, 20, 25, 30)  # figure 3b
+TSNE_COUNTS = (3, 6, 10)  # figure 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a table or one point of a curve.
+
+    Attributes:
+        row: the row's or curve's name; mode: attention mode, "" where there is no prompt.
+        task, seed: of the downstream set; x: the figure's abscissa, 0 in a table.
+        settings: what its result depends on.
+    """
+
+    row: str
+    mode: str
+    task: str
+    seed: int
+    x: int
+    settings: Settings
+
+    @property
+    def start(self) -> Settings | None:
+        """The settings of the start that must be trained before, if one must."""
+        start = self.settings.get("start")
+        return start if start and start["method"] != "random" else None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files say: hashes that go into the settings.
+
+    Attributes:
+        backbone: SHA-256 of the weights; data: digest by task.
+        sources: by name ("text", "yelp"): digest, rows, and whether it is clustered already.
+    """
+
+    backbone: str
+    data: dict[str, str]
+    sources: dict[str, dict[str, Any]]
+
+
+def tasks_of(config: ReproduceConfig) -> list[str]:
+    """The downstream tasks: what --tasks says, else those of the paper's table or figure."""
+    names = config.tasks or (list(PAPER_TASKS) if config.what == "table1" else ["sst5"])
+    for name in names:
+        get_task(name)
+    return names
+
+
+def methods_of(config: ReproduceConfig) -> list[str]:
+    """The rows: what --methods says, else those of the paper's table or figure.
+
+    Raises:
+        UserError: an unknown method, or one that this table has no row for.
+    """
+    allowed = {
+        "table1": METHODS, "table2": (*CLUSTERINGS, "ppt"),
+        "figure2": METHODS, "figure3a": ("ppt", "metapt"), "figure3b": ("metapt",),
+        "figure4": (),
+    }[config.what]  # fmt: skip
+    standard = {"figure2": ("ft", "ppt", "metapt")}.get(config.what, allowed)
+    for name in config.methods:
+        if name not in allowed:
+            raise UserError(
+                f"--methods {name}: {config.what} has {', '.join(allowed) or 'no methods'}"
+            )
+    return list(config.methods or standard)
+
+
+def sources_needed(config: ReproduceConfig) -> list[str]:
+    """Names of the sources that the rows train on."""
+    methods = methods_of(config)
+    needed = [] if set(methods) <= {"ft", "pt", "setfit", "metapt-y"} else ["text"]
+    if config.what == "figure4":
+        needed = ["text"]
+    return needed + (["yelp"] if "metapt-y" in methods else [])
+
+
+def _source(config: ReproduceConfig, facts: Facts, name: str, **changes: Any) -> dict[str, Any]:
+    found = facts.sources[name]
+    grouping = "given" if found["clustered"] else "kmeans"
+    settings = {
+        "sha": found["sha"], "rows": config.source_rows, "grouping": grouping,
+        "clusters": config.clusters, **changes,
+    }  # fmt: skip
+    if settings["grouping"] in ("given", "label"):
+        settings["clusters"] = 0  # the file, or the number of classes, says how many
+    return settings
+
+
+def _start(
+    config: ReproduceConfig, facts: Facts, method: str, mode: str, source: dict[str, Any]
+) -> Settings:
+    common = {
+        "kind": "start", "method": method, "mode": mode, "backbone": facts.backbone,
+        "prompt_tokens": config.prompt_tokens, "max_tokens": config.max_tokens,
+        "init": config.start, "evaluate_every": config.meta_evaluate_every,
+        "patience": config.meta_patience,
+    }  # fmt: skip
+    if method == "ppt":
+        # Groups mean nothing to PPT: one run serves whatever they are.
+        source = {**source, "grouping": "none", "clusters": 0}
+        return {
+            **common, "source": source, "steps": config.ppt_steps or config.meta_steps,
+            "rate": config.ppt_rate, "batch": config.ppt_batch,
+        }  # fmt: skip
+    return {
+        **common, "source": source, "steps": config.meta_steps, "rate": config.outer_rate,
+        "inner_rate": config.inner_rate, "inner_steps": config.inner_steps,
+        "samples": config.samples, "balanced": config.balanced,
+    }  # fmt: skip
+
+
+def _cell(
+    config: ReproduceConfig, facts: Facts, method: str, mode: str, task: str, seed: int,
+    start: Settings | None, train: int,
+) -> Settings:  # fmt: skip
+    settings: Settings = {
+        "kind": "cell", "method": method, "task": task, "data": facts.data[task], "seed": seed,
+        "train": train, "limit_eval": config.limit_eval,
+    }  # fmt: skip
+    if method == "setfit":
+        return {**settings, "encoder": config.encoder or "default"}
+    settings |= {
+        "validation": config.validation, "backbone": facts.backbone,
+        "max_tokens": config.max_tokens, "epochs": config.epochs, "patience": config.patience,
+        "rate": config.ft_rate if method == "ft" else config.rate,
+    }  # fmt: skip
+    if method == "tune":
+        settings |= {"mode": mode, "prompt_tokens": config.prompt_tokens, "start": start}
+    return settings
+
+
+def _variants(
+    config: ReproduceConfig, facts: Facts
+) -> list[tuple[str, str, int, dict[str, Any] | None]]:
+    """(row, method, x, source) of a table or figure, before modes, tasks and seeds."""
+    methods, what = methods_of(config), config.what
+    yelp = {"metapt-y": "yelp"}
+    if what in ("table1", "figure2"):
+        sizes = [0] if what == "table1" else config.sizes or list(SAMPLES)
+        return [
+            (
+                ROW_NAMES[method], method, x,
+                _source(config, facts, yelp.get(method, "text"))
+                if method in ("ppt", "metapt", "metapt-y") else None,
+            )
+            for method in methods for x in sizes
+        ]  # fmt: skip
+    if what == "table2":
+        rows: list[tuple[str, str, int, dict[str, Any] | None]] = []
+        for name in methods:
+            if name == "ppt":
+                rows.append(("PPT", "ppt", 0, _source(config, facts, "text")))
+            else:
+                source = _source(
+                    config, facts, "text", grouping=name,
+                    clusters=0 if name == "label" else config.clusters,
+                )  # fmt: skip
+                rows.append((f"MetaPT, {CLUSTER_NAMES[name]}", "metapt", 0, source))
+        return rows
+    if what == "figure3a":
+        have = facts.sources["text"]["rows"]
+        sizes = config.sizes or [*(size for size in SOURCE_SIZES if size < have), have]
+        return [
+            (
+                ROW_NAMES[method], method, size,
+                _source(
+                    config, facts, "text", grouping="kmeans", clusters=config.clusters, rows=size
+                ),
+            )
+            for method in methods for size in sizes
+        ]  # fmt: skip
+    return [
+        ("MetaPT", "metapt", k, _source(config, facts, "text", grouping="kmeans", clusters=k))
+        for k in config.sizes or CLUSTER_COUNTS
+    ]
+
+
+def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
+    """All runs of `config.what`, in the order of the table (figure 4 has none)."""
+    for mode in config.modes:
+        steer(mode)
+    if config.what == "figure4":
+        return []
+    runs = []
+    for row, method, x, source in _variants(config, facts):
+        train = x if config.what == "figure2" else config.train
+        for mode in config.modes if method not in ("ft", "setfit") else [""]:
+            start: Settings | None = None
+            if method == "pt":
+                start = {"method": "random"}
+            elif source is not None:
+                kind = "ppt" if method == "ppt" else "metapt"
+                start = _start(config, facts, kind, mode, source)
+            way = method if method in ("ft", "setfit") else "tune"
+            runs += [
+                Run(row, mode, task, seed, x,
+                    _cell(config, facts, way, mode, task, seed, start, train))
+                for task in tasks_of(config) for seed in config.seeds
+            ]  # fmt: skip
+    return runs

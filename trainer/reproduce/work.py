@@ -1,0 +1,199 @@
+"""One run: train a start, or tune on a task with a seed and measure on its test rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.backbone import Backbone, load_backbone
+from trainer.data import Examples, draw_few_shot, load_task
+from trainer.evaluate import evaluate
+from trainer.finetune import FinetuneConfig, finetune
+from trainer.initial import initial_params
+from trainer.prompt import DEFAULT_TEMPLATE, TaskRecord, save_prompt
+from trainer.reproduce.sources import load_source
+from trainer.reproduce.store import Settings, Store
+from trainer.runs import METRICS_FILE, RUN_FILE, versions
+from trainer.source import (
+    MetaConfig,
+    PretrainConfig,
+    meta_train,
+    pretrain,
+    source_prompt,
+    source_words,
+)  # fmt: skip
+from trainer.tasks import Task, get_task
+from trainer.tune import TuneConfig, tune
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where runs happen; none of it changes a result.
+
+    Attributes:
+        out: OUT; backbone: name or folder; device: cpu, cuda:0 ...; data_dir: of --data-dir.
+        sources: source file by its digest; encoder: sentence encoder, None for the default.
+        quiet: no progress bar of the run itself.
+    """
+
+    out: str
+    backbone: str
+    device: str
+    data_dir: str | None
+    sources: dict[str, str]
+    encoder: str | None
+    quiet: bool = True
+
+
+@functools.lru_cache(maxsize=1)
+def _frozen(name: str, device: str) -> Backbone:
+    return load_backbone(name, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _examples(task: str, split: str, data_dir: str | None) -> Examples:
+    return load_task(task, split, data_dir=data_dir)
+
+
+def execute(settings: Settings, where: Surroundings) -> None:
+    """Do a run and write its result, unless it is there."""
+    store = Store(where.out)
+    if settings["kind"] == "start":
+        if not store.has_start(settings):
+            run_start(settings, where)
+        return
+    if store.load(settings) is None:
+        started = time.monotonic()
+        result = run_cell(settings, where)
+        result["seconds"] = round(time.monotonic() - started, 2)
+        store.save(settings, result, versions())
+
+
+def run_start(settings: Settings, where: Surroundings) -> None:
+    """Train a start with MetaPT or PPT and write its prompt folder; resumes from a checkpoint."""
+    backbone = _frozen(where.backbone, where.device)
+    data = load_source(where.sources[settings["source"]["sha"]], settings["source"], where.encoder)
+    path = Store(where.out).start_path(settings)
+    chosen = {
+        key: settings[key]
+        for key in (
+            "mode", "prompt_tokens", "max_tokens", "init", "evaluate_every", "patience", "steps",
+            "rate",
+        )
+    }  # fmt: skip
+    meta = settings["method"] == "metapt"
+    config: MetaConfig | PretrainConfig
+    if meta:
+        names = ("inner_rate", "inner_steps", "samples", "balanced")
+        extra = {name: settings[name] for name in names}
+        config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings.get("more", {}))
+    else:
+        config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
+    train = meta_train if meta else pretrain
+    started = time.monotonic()
+    loop = train(
+        backbone, data, config, checkpoint=path.with_name(path.name + ".checkpoint"),
+        fingerprint=settings, quiet=where.quiet,
+    )  # fmt: skip
+    words = source_words(config, data.classes)
+    prompt = source_prompt(loop, config, words, settings["method"])
+    prompt.task.figures["seconds"] = round(time.monotonic() - started, 1)
+    record = {"settings": settings, "versions": versions()}
+    extras = {METRICS_FILE: loop.metrics_text(), RUN_FILE: json.dumps(record, indent=2) + "\n"}
+    save_prompt(prompt, path, backbone, extras)
+    loop.clean_up()
+
+
+def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
+    """Tune on the samples of the seed and evaluate; returns accuracy, macro-F1 and more."""
+    task = get_task(settings["task"])
+    pool = _examples(task.name, "train", where.data_dir)
+    test = _examples(task.name, "test", where.data_dir)
+    if settings["limit_eval"]:
+        test = test.sample(settings["limit_eval"], 0)
+    method = settings["method"]
+    held = int(settings.get("validation", settings["train"]))  # SetFit takes none
+    chosen = draw_few_shot(pool, settings["seed"], settings["train"], held, task.classes)
+    train, validation = pool.take(chosen[0]), pool.take(chosen[1])
+    if method == "setfit":
+        from trainer.reproduce.setfit_row import run_setfit
+
+        return run_setfit(train, test, task, settings["seed"], where.encoder, where.device)
+    run = _run_full if method == "ft" else _run_prompt
+    return run(settings, where, task, train, validation, test)
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    names = ("seed", "max_tokens", "rate", "epochs", "patience")
+    return {name: settings[name] for name in names}
+
+
+def _run_full(
+    settings: Settings, where: Surroundings, task: Task,
+    train: Examples, validation: Examples, test: Examples,
+) -> dict[str, Any]:  # fmt: skip
+    backbone = load_backbone(where.backbone, device=where.device, trainable=True)
+    config = FinetuneConfig(out="", **_shared(settings))
+    loop = finetune(backbone, task, train, validation, config, quiet=where.quiet)
+    record = TaskRecord(
+        name=task.name, labels=list(task.labels), words=list(task.words), template=task.template,
+        mode="none", max_tokens=config.max_tokens,
+    )  # fmt: skip
+    best = loop.state.best
+    assert best is not None
+    return {
+        **_measure(backbone, record, {}, test), "validation_accuracy": best.accuracy,
+        "steps": loop.state.step, "best_step": loop.state.best_step,
+    }  # fmt: skip
+
+
+def _run_prompt(
+    settings: Settings, where: Surroundings, task: Task,
+    train: Examples, validation: Examples, test: Examples,
+) -> dict[str, Any]:  # fmt: skip
+    backbone = _frozen(where.backbone, where.device)
+    mode, start = settings["mode"], settings["start"]
+    init = "random" if start["method"] == "random" else str(Store(where.out).start_path(start))
+    config = TuneConfig(
+        out="", mode=mode, prompt_tokens=settings["prompt_tokens"], init=init, **_shared(settings)
+    )
+    params = initial_params(backbone, init, mode, config.prompt_tokens, config.seed)
+    before = _measure(
+        backbone, _record(task, mode, config.max_tokens),
+        {name: value.detach() for name, value in params.items()}, test,
+    )  # fmt: skip
+    tuned = tune(backbone, task, train, validation, config, params=params, quiet=where.quiet)
+    record = tuned.prompt.task
+    return {
+        **_measure(backbone, record, tuned.prompt.params, test),
+        "start_accuracy": before["accuracy"],
+        **{key: record.figures[key] for key in ("validation_accuracy", "steps", "best_step")},
+    }
+
+
+def _record(task: Task, mode: str, max_tokens: int) -> TaskRecord:
+    return TaskRecord(
+        name=task.name, labels=list(task.labels), words=list(task.words),
+        template=task.template or DEFAULT_TEMPLATE, mode=mode, max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+def _measure(backbone: Backbone, record: TaskRecord, params: Any, test: Examples) -> dict[str, Any]:
+    with torch.no_grad():
+        result = evaluate(backbone, record, params, test)
+    kept = ("accuracy", "macro_f1", "calibration_error", "loss", "rows")
+    return {key: result[key] for key in kept}
+
+
+def source_paths(sources: dict[str, Path]) -> dict[str, str]:
+    """Digest -> path as text, which a worker process can be sent."""
+    return {digest: str(path) for digest, path in sources.items()}
