@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _TRIES = 100  # draws of 40 before a class is called missing
+_INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class beside a gap
 _MOST_CLASSES = 200  # more distinct values than this are no class column
 
 
@@ -131,16 +133,15 @@ def _text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str
 
 
 def _as_index(value: Any) -> int | None:
-    """A class index written as an int, an integral float or a string of digits; else None."""
+    """A class index written as an int, an integral float, or either as text; else None."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int | np.integer):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and value.strip().lstrip("-").isascii():
-        digits = value.strip()
-        return int(digits) if digits.lstrip("-").isdigit() else None
+    if isinstance(value, str) and _INDEX.fullmatch(value.strip()):
+        return int(value.strip().partition(".")[0])
     return None
 
 

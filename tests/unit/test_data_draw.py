@@ -1,0 +1,90 @@
+"""Few-shot draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from serve.errors import UserError
+from trainer.data import Examples, draw_few_shot, normalise
+
+
+def pool(counts: list[int]) -> Examples:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    names = tuple(f"class {i}" for i in range(len(counts)))
+    return Examples([f"text {i}" for i in range(len(labels))], labels, names, "pool.csv")
+
+
+def test_a_seed_stands_for_its_samples_on_every_platform() -> None:
+    train, validation = draw_few_shot(pool([60, 60]), seed=7, train=4, validation=3)
+    # The order of PCG64(7)'s first 120 doubles, whose bits numpy guarantees.
+    doubles = np.random.Generator(np.random.PCG64(7)).random(120)
+    order = sorted(range(120), key=lambda i: doubles[i])
+    assert train.tolist() == order[:4]
+    assert validation.tolist() == order[4:7]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_samples_are_disjoint_and_repeatable(balanced: bool) -> None:
+    examples = pool([100, 50, 60])
+    first = draw_few_shot(examples, 3, balanced=balanced)
+    again = draw_few_shot(examples, 3, balanced=balanced)
+    other = draw_few_shot(examples, 4, balanced=balanced)
+    assert [part.tolist() for part in first] == [part.tolist() for part in again]
+    assert first[0].tolist() != other[0].tolist()
+    assert len(set(first[0].tolist()) | set(first[1].tolist())) == 80
+
+
+def test_every_class_is_in_train_even_where_the_first_draw_misses_one() -> None:
+    examples = pool([300, 6])
+    seeds = range(30)
+    missed = 0
+    for seed in seeds:
+        doubles = np.random.Generator(np.random.PCG64(seed)).random(306)
+        missed += not (examples.labels[np.argsort(doubles)[:40]] == 1).any()
+        train, _ = draw_few_shot(examples, seed)
+        assert (examples.labels[train] == 1).any()
+    assert missed  # otherwise this test shows nothing
+
+
+def test_balanced_draws_give_equal_shares() -> None:
+    examples = pool([200, 20, 20])
+    train, validation = draw_few_shot(examples, 0, train=20, validation=10, balanced=True)
+    assert sorted(np.bincount(examples.labels[train]).tolist()) == [6, 7, 7]
+    assert sorted(np.bincount(examples.labels[validation]).tolist()) == [3, 3, 4]
+    # Mixed, so that the first batch does not hold one class only.
+    assert len(set(examples.labels[train][:8].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "message"),
+    [
+        ([30, 30], {}, "has 60 rows, but 80 are to be drawn"),
+        ([100, 0], {}, "pool.csv has no sample of class 'class 1'"),
+        ([100, 100], {"classes": 3}, "has no sample of class '2'"),
+        ([50, 50, 50], {"train": 2}, "2 training samples cannot hold 3 classes"),
+        (
+            [100, 3],
+            {"balanced": True},
+            "3 samples of class 'class 1', but a balanced draw needs 40",
+        ),
+        ([20_000, 1], {"train": 2}, "none of 100 draws of 2 .* held class 'class 1'.*--balanced"),
+    ],
+)
+def test_a_draw_that_cannot_be_is_explained(counts, options, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        draw_few_shot(pool(counts), 0, **options)
+
+
+def test_examples_can_be_taken_and_sampled() -> None:
+    examples = pool([3, 2])
+    part = examples.take([4, 0])
+    assert (part.texts, part.labels.tolist()) == (["text 4", "text 0"], [1, 0])
+    sample = examples.sample(3, seed=1)
+    assert len(set(sample.texts)) == 3
+    assert sample.texts == examples.sample(3, seed=1).texts
+    assert len(examples.sample(99, seed=1)) == 5
+
+
+def test_normalised_texts_forget_marks_case_and_space() -> None:
+    assert normalise("It's  GREAT!") == normalise("it 's great") == "itsgreat"

@@ -1,0 +1,215 @@
+"""Reading labelled files, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from serve.errors import Failure, UserError
+from trainer.data import load_examples, load_task
+
+ROWS = [("good, really", 1), ('she said "no"', 0), ("two\nlines", 1), ("caf\u00e9 \U0001f600", 0)]
+
+
+def write(
+    path: Path, rows: list[tuple[Any, Any]], columns: tuple[str, str] = ("text", "label")
+) -> Path:
+    """The rows in the format of the suffix, written by hand except for Parquet."""
+    if path.suffix == ".parquet":
+        table = {columns[0]: [row[0] for row in rows], columns[1]: [row[1] for row in rows]}
+        parquet.write_table(arrow.table(table), path)
+        return path
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+    else:
+        comma = "," if path.suffix == ".csv" else "\t"
+        quoted = [('"' + str(text).replace('"', '""') + '"', label) for text, label in rows]
+        lines = [comma.join(columns), *(f"{text}{comma}{label}" for text, label in quoted)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    found = load_examples(write(tmp_path / f"a{suffix}", ROWS))
+    assert found.texts == [text for text, _ in ROWS]
+    assert found.labels.tolist() == [1, 0, 1, 0]
+    assert found.labels.dtype == np.int64
+    assert found.names == ("0", "1")
+    assert found.counts.tolist() == [2, 2]
+
+
+def test_a_compressed_file_reads_as_the_plain_one(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a.csv", ROWS)
+    packed = tmp_path / "b.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert load_examples(packed).texts == load_examples(plain).texts
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(Failure, match=r"b\.csv\.gz is damaged or cut short"):
+        load_examples(packed)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,label\r\nfine,1\r\nawful,0\r\n")
+    assert load_examples(path).texts == ["fine", "awful"]
+
+
+def test_class_names_count_without_case_and_indices_beside_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [("a", "Positive"), ("b", "negative"), ("c", "1"), ("d", "0")])
+    found = load_examples(path, labels=("negative", "positive"))
+    assert found.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_names_are_found_and_sorted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [("x", "sad"), ("y", "glad"), ("z", "sad")])
+    found = load_examples(path)
+    assert (found.names, found.labels.tolist()) == (("glad", "sad"), [1, 0, 1])
+
+
+def test_integral_floats_are_indices(tmp_path: Path) -> None:
+    # pandas writes them so when a column once held a missing value
+    for name, rows in (
+        ("a.csv", [("x", "1.0"), ("y", "0.0")]),
+        ("a.parquet", [("x", 1.0), ("y", 0.0)]),
+    ):
+        found = load_examples(write(tmp_path / name, rows))
+        assert (found.names, found.labels.tolist()) == (("0", "1"), [1, 0])
+
+
+def test_a_format_joins_columns_and_reads_aspects(tmp_path: Path) -> None:
+    table = {"text": ["Cold pizza."], "aspect": ["FOOD#STYLE_OPTIONS"], "label": [0]}
+    parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
+    found = load_examples(
+        tmp_path / "a.parquet", "{aspect}: {text}", labels=("negative", "positive")
+    )
+    assert found.texts == ["food style options: Cold pizza."]
+
+
+def test_classes_to_drop_are_left_out_by_name_or_index(tmp_path: Path) -> None:
+    labels = ("negative", "positive")
+    names = write(tmp_path / "a.csv", [("a", "positive"), ("b", "Conflict"), ("c", "negative")])
+    assert load_examples(names, labels=labels, drop=("conflict",)).texts == ["a", "c"]
+    numbers = write(tmp_path / "b.csv", [("a", 1), ("b", 2), ("c", 0)])
+    assert load_examples(numbers, labels=labels, drop=("conflict",)).texts == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"text,label\n", "has no rows"),
+        (
+            "a.csv",
+            b"body,label\nx,1\n",
+            "has no column 'text': it has body, label; .*--text-column",
+        ),
+        ("a.csv", b"text,text,label\nx,y,1\n", "the column 'text' twice"),
+        ("a.csv", b"text,label\nx,1\ny,z,0\n", "line 3 has 3 fields, but the header has 2"),
+        ("a.csv", b'text,label\n"x" y,1\n', "line 2: .* write a quote as two"),
+        ("a.csv", b"text,label\nok,1\ncaf\xe9,0\n", "line 3: byte 0xe9 at offset 19 is not UTF-8"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("a.csv", b"text,label\nx,7\n", "line 2: label '7' is not one of no, yes"),
+        ("a.csv", b"text,label\nx,2\n", r"label '2' .* from 0 to 1 \(indices count from 0\)"),
+        ("a.csv", b"text,label\nx,-1\n", "label '-1' is not one of"),
+        ("a.csv", b"text,label\nx,maybe\n", "label 'maybe' is not one of no, yes"),
+        ("a.csv", b"text,label\n,1\n", "line 2: 'text' is empty"),
+        ("a.csv", b"text,label\n  ,1\n", "line 2: 'text' is empty"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n{oops\n', "line 2 is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", b'{"body": "x", "label": 1}\n', "line 1 has no 'text': it has body, label"),
+        ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 'text' is int '5', not text"),
+        ("a.jsonl", b'{"text": null, "label": 1}\n', "line 1: 'text' is missing"),
+        ("a.jsonl", b'{"text": "x", "label": 0.5}\n', "line 1: label 0.5 is not one of"),
+        ("a.jsonl", b'{"text": "x", "label": null}\n', "line 1: label None is not one of"),
+        ("a.xlsx", b"PK", "the name must end in .csv, .tsv, .jsonl or .parquet"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_examples(path, labels=("no", "yes"))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none.csv does not exist"):
+        load_examples(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="is a folder"):
+        load_examples(tmp_path)
+
+
+def test_parquet_errors_name_the_row_and_damage_is_a_failure(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [("x", 1), (None, 0)])
+    with pytest.raises(UserError, match="row 2: 'text' is missing"):
+        load_examples(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(Failure, match=r"a\.parquet is damaged or no Parquet file"):
+        load_examples(path)
+
+
+def test_a_column_of_scores_is_no_column_of_classes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [(f"t{i}", f"id{i}") for i in range(300)])
+    with pytest.raises(UserError, match="300 different values"):
+        load_examples(path)
+    path = write(tmp_path / "b.csv", [("x", 1), ("y", 90210)])
+    with pytest.raises(UserError, match="line 3: label '90210' is no class index"):
+        load_examples(path)
+
+
+def test_splits_follow_their_column(tmp_path: Path) -> None:
+    marks = ["train", "dev", "test", "train"]
+    table = {"text": list("abcd"), "label": [0, 1, 0, 1], "split": marks}
+    parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
+    parts = {
+        name: load_examples(tmp_path / "a.parquet", split=name).texts
+        for name in ("train", "validation", "test")
+    }
+    assert parts == {"train": ["a", "d"], "validation": ["b"], "test": ["c"]}
+
+
+def test_without_test_rows_the_validation_rows_test(tmp_path: Path) -> None:
+    table = {"text": list("abc"), "label": [0, 1, 0], "split": ["train", "dev", "train"]}
+    parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
+    assert load_examples(tmp_path / "a.parquet", split="test").texts == ["b"]
+    assert load_examples(tmp_path / "a.parquet", split="train").texts == ["a", "c"]
+
+
+def test_a_set_without_splits_is_cut_by_its_texts(tmp_path: Path) -> None:
+    rows = [(f"text number {i // 2}" + "!" * (i % 2), i % 2) for i in range(2000)]
+    path = write(tmp_path / "a.csv", rows)
+    train, test = (load_examples(path, split=name) for name in ("train", "test"))
+    assert len(train) + len(test) == 2000
+    assert 300 < len(test) < 500  # a fifth
+    # Two spellings of one text are on one side, and a shuffled file is cut in the same way.
+    assert not {text.rstrip("!") for text in train.texts} & {t.rstrip("!") for t in test.texts}
+    turned = write(tmp_path / "b.csv", rows[::-1])
+    assert sorted(load_examples(turned, split="test").texts) == sorted(test.texts)
+
+
+def test_a_data_folder_is_searched_by_the_tasks_names(tmp_path: Path) -> None:
+    write(tmp_path / "sst2.csv", [("fine", 1), ("poor", 0)])
+    assert load_task("sst2", data_dir=tmp_path).texts == ["fine", "poor"]
+    with pytest.raises(UserError, match=r"has no sst5.parquet for task 'sst5'"):
+        load_task("sst5", data_dir=tmp_path)
+    with pytest.raises(UserError, match=r"--data-dir .*none is not a folder"):
+        load_task("sst2", data_dir=tmp_path / "none")
+
+
+def test_a_file_wins_over_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "sst2.csv", [("from the folder", 1)])
+    own = write(tmp_path / "own.csv", [("my own", 0)], ("body", "mark"))
+    found = load_task("sst2", data=own, data_dir=tmp_path, text_column="body", label_column="mark")
+    assert found.texts == ["my own"]
+    assert found.names == ("negative", "positive")
