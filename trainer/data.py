@@ -229,7 +229,8 @@ def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Exampl
         keep = [name == wanted for name in names]
     chosen = examples.take(np.flatnonzero(keep))
     if not len(chosen):
-        raise UserError(f"{examples.source} has no rows for --split {split}: it has {present}")
+        has = f"it marks {', '.join(sorted(present))}" if present else "it is too small to be cut"
+        raise UserError(f"{examples.source} has no rows for --split {split}: {has}")
     return chosen
 
 

