@@ -1,0 +1,1 @@
+"""A Gradio page on top of `serve`: try prompts, compare them, teach one."""

@@ -1,0 +1,114 @@
+"""`python -m demo [BUNDLE]`: open the page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from serve.cli import Command, option, run
+from serve.errors import Failure, UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class DemoConfig:
+    """Try prompts in the browser, compare them, teach one.
+
+    Without BUNDLE it shows the one in the cache folder ($METAPT_CACHE, or ~/.cache/metapt), and
+    makes that at the first start, which takes minutes.
+    """
+
+    bundle: str | None = option(None, help="folder of a bundle", positional=True)
+    backbone: str | None = option(
+        None, help="the backbone of the bundle, for teaching (default: as the bundle names it)"
+    )
+    precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
+    threads: int | None = option(None, help="threads; default: the physical cores", minimum=1)
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    port: int | None = option(
+        None, help="port to listen on (default: the first free one from 7860)",
+        minimum=1, maximum=65535,
+    )  # fmt: skip
+    root_path: str | None = option(None, help="path under which a proxy shows the page: /demo")
+    share: bool = option(False, help="a public address through Gradio's relay (leaves the machine)")
+    auth: str = option(
+        "", help="ask visitors for these; better in METAPT_DEMO_AUTH", metavar="USER:PASSWORD"
+    )
+    max_rows: int = option(20_000, help="rows of a table", minimum=1)
+    max_upload: float = option(5.0, help="MB of an uploaded file", minimum=0.001)
+    browser: bool = option(False, help="open the page in a browser")
+
+    examples = [
+        "",
+        "runs/quickstart/bundle --port 8080",
+        "bundle --host 0.0.0.0   # with METAPT_DEMO_AUTH=ada:secret set",
+    ]
+
+
+def parse_auth(value: str) -> tuple[str, str] | None:
+    """USER:PASSWORD as a pair, None for nothing.
+
+    Raises:
+        UserError: there is no colon, or one side is empty.
+    """
+    if not value:
+        return None
+    user, colon, password = value.partition(":")
+    if not (user and colon and password):
+        raise UserError("--auth takes USER:PASSWORD, for example ada:secret")
+    return user, password
+
+
+def run_demo(config: DemoConfig) -> int:
+    """Open the page and serve it until interrupted."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is called outside
+    auth = parse_auth(config.auth or os.environ.get("METAPT_DEMO_AUTH", ""))
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError('gradio is not installed: pip install "metapt[demo]"') from None
+    from demo.app import build_page
+    from demo.bundles import find_bundle
+    from demo.state import Limits, Room
+    from demo.theme import CSS, theme
+    from serve.classifier import Classifier
+
+    classifier = Classifier(
+        find_bundle(config.bundle), config.precision, threads=config.threads, spin=False
+    )
+    classifier.warm()
+    room = Room(classifier, Limits(config.max_rows, config.max_upload), config.backbone)
+    if auth is None and config.share:
+        log.warning("--share without --auth: whoever has the address can use this machine")
+    page = build_page(room)
+    settings: dict[str, Any] = {
+        "server_name": config.host, "server_port": config.port, "root_path": config.root_path,
+        "share": config.share, "auth": auth, "inbrowser": config.browser,
+        "max_file_size": int(config.max_upload * 1e6), "theme": theme(), "css": CSS,
+        "ssr_mode": False, "quiet": True, "show_error": True, "footer_links": ["api", "settings"],
+    }  # fmt: skip
+    try:
+        _, local, public = page.launch(**settings, prevent_thread_lock=True)
+    except OSError as error:  # Gradio has no finer kind for a port that is taken
+        raise Failure(f"cannot listen on {config.host} ({error}): pass another --port") from None
+    log.info("ready on %s%s", local, f" and {public}" if public else "")
+    page.block_thread()
+    return 0
+
+
+def main() -> int:
+    """The command line; there is one command, so it is not named."""
+    level = os.environ.get("METAPT_LOG", "INFO").upper()
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "filelock", "transformers", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    commands = {"demo": Command(DemoConfig, run_demo)}
+    return run("python -m", "Open the demo.", commands, ["demo", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

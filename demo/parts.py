@@ -1,0 +1,44 @@
+"""What all tabs are made of: the task switch, the sentence beside a field, the session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from demo.state import Room
+from serve.errors import Failure, UserError
+
+KNOWN = (UserError, Failure)
+FAST = 4  # classifications at a time; each uses all the cores that the classifier has
+SLOW = 1  # tables at a time
+
+
+def session_of(request: gr.Request | None) -> str:
+    """The session's id: one browser tab or one client."""
+    return (request.session_hash if request is not None else None) or "local"
+
+
+def task_switch(room: Room, elem_id: str, label: str = "Task") -> gr.Radio:
+    """The switch; it is one of those that a taught task appears in."""
+    names = room.main_tasks()
+    return gr.Radio(names, value=names[0], label=label, elem_id=elem_id)
+
+
+def problem(elem_id: str) -> gr.Markdown:
+    """A place for one sentence below a field, empty and hidden at first."""
+    return gr.Markdown(visible=False, elem_id=elem_id, elem_classes="problem")
+
+
+def say(error: Exception | str | None) -> dict[str, Any]:
+    """The update of a `problem`: shows the sentence, or hides it for None."""
+    # The sentence may quote what the visitor typed; as text it must not become Markdown or HTML.
+    text = "" if error is None else plain(str(error))
+    return gr.update(value=text, visible=error is not None)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for mark in "\\`*_{}[]<>#|~$":
+        text = text.replace(mark, "&#" + str(ord(mark)) + ";")
+    return text
