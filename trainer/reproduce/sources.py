@@ -132,7 +132,8 @@ def load_source(path: str, settings: dict[str, Any], encoder: str | None) -> Sou
         names = tuple(str(i) for i in range(data.classes))
         examples = Examples(texts, labels, names, path)
         clusters = assign(examples, grouping, settings["clusters"], _SEED, vectors)
-        least = min(_LEAST, len(texts) // max(2, settings["clusters"] or 2) // 2)
+        # Few texts in many clusters: half of an even share must do, or all would be joined.
+        least = min(_LEAST, len(texts) // (2 * len(np.unique(clusters))))
         clusters, notes = repair(clusters, max(8, least), "merge", vectors)
         for note in notes:
             log.info("%s", note)

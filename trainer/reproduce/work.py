@@ -121,7 +121,7 @@ def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
     if settings["limit_eval"]:
         test = test.sample(settings["limit_eval"], 0)
     method = settings["method"]
-    held = int(settings.get("validation", settings["train"]))  # SetFit takes none
+    held = int(settings.get("validation") or settings["train"])  # SetFit takes none
     chosen = draw_few_shot(pool, settings["seed"], settings["train"], held, task.classes)
     train, validation = pool.take(chosen[0]), pool.take(chosen[1])
     if method == "setfit":

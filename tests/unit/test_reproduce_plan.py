@@ -1,0 +1,122 @@
+"""Which runs a table is made of, and what their hashes depend on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve.errors import Failure, UserError
+from trainer.reproduce.config import ReproduceConfig
+from trainer.reproduce.plan import Facts, make_plan
+from trainer.reproduce.sources import balanced_rows
+from trainer.reproduce.store import Store, settings_hash
+from trainer.tasks import PAPER_TASKS
+
+FACTS = Facts(
+    "b" * 64,
+    {task: task[::-1] for task in PAPER_TASKS},
+    {
+        "text": {"sha": "t" * 16, "rows": 3000, "clustered": False},
+        "yelp": {"sha": "y" * 16, "rows": 900, "clustered": False},
+    },
+)
+
+
+def hashes(config: ReproduceConfig) -> list[str]:
+    return [settings_hash(run.settings) for run in make_plan(config, FACTS)]
+
+
+def test_table1_has_every_row_task_and_seed_once() -> None:
+    config = ReproduceConfig(what="table1", modes=["full", "prefix"])
+    plan = make_plan(config, FACTS)
+    # FT and SetFit have no prompt, so no mode; the four others run in both.
+    assert len(plan) == (2 + 4 * 2) * 7 * 5
+    assert len(set(hashes(config))) == len(plan)
+    starts = {settings_hash(run.start) for run in plan if run.start}
+    assert len(starts) == 3 * 2  # PPT, MetaPT and MetaPT(Y), in each mode
+    ours = next(run for run in plan if run.row == "MetaPT" and run.mode == "full")
+    assert ours.start is not None
+    assert ours.start["inner_rate"] == 0.08 and ours.start["rate"] == 0.025
+    assert ours.settings["rate"] == 3e-3 and ours.settings["prompt_tokens"] == 100
+    assert ours.start["source"] == {
+        "sha": "t" * 16, "rows": 0, "grouping": "kmeans", "clusters": 10,
+    }  # fmt: skip
+
+
+def test_table2_and_figures_share_the_runs_of_table1() -> None:
+    first = set(hashes(ReproduceConfig(what="table1")))
+    second = ReproduceConfig(what="table2")
+    plan = make_plan(second, FACTS)
+    assert [run.row for run in plan[::5]] == [
+        "MetaPT, K-means", "MetaPT, LDA", "MetaPT, random", "MetaPT, label", "PPT",
+    ]  # fmt: skip
+    shared = [run.row for run in plan if settings_hash(run.settings) in first]
+    assert shared == ["MetaPT, K-means"] * 5 + ["PPT"] * 5
+    k = make_plan(ReproduceConfig(what="figure3b"), FACTS)
+    assert {run.x for run in k} == {3, 6, 10, 15, 20, 25, 30}
+    assert {settings_hash(run.settings) for run in k if run.x == 10} <= first
+    sizes = make_plan(ReproduceConfig(what="figure3a", methods=["metapt"]), FACTS)
+    assert [run.x for run in sizes[::5]] == [1000, 2000, 3000]
+    samples = make_plan(ReproduceConfig(what="figure2", methods=["ft"]), FACTS)
+    assert [run.settings["train"] for run in samples[::5]] == [10 * 2**i for i in range(9)]
+
+
+def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
+    base = ReproduceConfig(what="table1", methods=["metapt"], tasks=["sst2"], seeds=[1])
+    (name,) = hashes(base)
+    for same in (
+        replace(base, out="elsewhere"), replace(base, jobs=4), replace(base, threads=2),
+        replace(base, device="cpu"), replace(base, data_dir="moved"),
+    ):  # fmt: skip
+        assert hashes(same) == [name]
+    for other in (
+        replace(base, seeds=[2]), replace(base, modes=["prefix"]), replace(base, rate=1e-3),
+        replace(base, inner_rate=0.1), replace(base, clusters=5), replace(base, train=20),
+        replace(base, limit_eval=10), replace(base, start="random"), replace(base, samples=8),
+    ):  # fmt: skip
+        assert hashes(other) != [name]
+    moved = replace(FACTS, backbone="c" * 64)
+    assert settings_hash(make_plan(base, moved)[0].settings) != name
+
+
+def test_hash_is_the_sha256_of_sorted_json() -> None:
+    import hashlib
+
+    plain = hashlib.sha256(b'{"a":[1,2],"b":{"c":0.5,"d":null}}').hexdigest()[:16]
+    assert settings_hash({"b": {"d": None, "c": 0.5}, "a": [1, 2]}) == plain
+
+
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(UserError, match="--methods kmeans"):
+        make_plan(ReproduceConfig(what="table1", methods=["kmeans"]), FACTS)
+    with pytest.raises(UserError, match="no such task"):
+        make_plan(ReproduceConfig(what="table1", tasks=["imdb"]), FACTS)
+    with pytest.raises(UserError, match="mode 'wide'"):
+        make_plan(ReproduceConfig(what="table1", modes=["wide"]), FACTS)
+
+
+def test_store_gives_back_what_it_was_given_and_refuses_another_run(tmp_path: Path) -> None:
+    store, settings = Store(tmp_path), {"kind": "cell", "seed": 1, "rate": 3e-3}
+    assert store.load(settings) is None
+    store.save(settings, {"accuracy": 0.5}, {"python": "3"})
+    found = store.load(settings)
+    assert found is not None and found["result"] == {"accuracy": 0.5}
+    path = store.run_path(settings)
+    path.write_text(json.dumps({"settings": {"seed": 2}, "result": {}}))
+    with pytest.raises(Failure, match="remove it"):
+        store.load(settings)
+    path.write_text(path.read_text()[:10])
+    with pytest.raises(Failure, match="not valid JSON"):
+        store.load(settings)
+
+
+def test_balanced_rows_hold_the_classes_evenly() -> None:
+    labels = np.array([0] * 50 + [1] * 10 + [2] * 3)
+    rows = balanced_rows(labels, 15)
+    assert list(np.bincount(labels[rows])) == [6, 6, 3]
+    assert (np.diff(rows) > 0).all()
+    assert list(balanced_rows(labels, 0)) == list(range(63))
