@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from serve.errors import Failure, UserError
 from serve.files import sha256
@@ -127,6 +128,7 @@ def load_backbone(
     """
     folder = backbone_folder(name)
     digest = weights_hash(folder)
+    transformers_logging.disable_progress_bar()  # its "Loading weights" would hide our own
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "t5":

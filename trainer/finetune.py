@@ -19,6 +19,7 @@ from trainer.data import Examples
 from trainer.figures import figures, fit_temperature
 from trainer.loop import Loop, Schedule
 from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.parallel import workers
 from trainer.prompt import TaskRecord
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
@@ -75,7 +76,7 @@ def finetune(
     loop = Loop(
         params,
         lambda step: prompt_gradient(
-            scorer, {}, rows.batch(epoch_stream(len(rows), samples, config.seed, step))
+            scorer, params, rows, epoch_stream(len(rows), samples, config.seed, step)
         ),
         lambda: scorer.score({}, held),
         schedule,
@@ -99,6 +100,8 @@ def run_finetune(config: FinetuneConfig) -> None:
         backbone, task, train, validation, config,
         checkpoint=checkpoint_folder(out), fingerprint=run,
     )  # fmt: skip
+    if not workers().main:
+        return
     held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)
     scores = Scorer.of(backbone, task, "none").all({}, held)
     temperature = fit_temperature(scores, torch.from_numpy(held.labels))

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
 from trainer.modes import Params
+from trainer.parallel import workers
 from trainer.runs import METRICS_FILE
 from trainer.tensors import read_tensors, write_tensors
 
@@ -138,7 +139,8 @@ class Loop:
         self.params, self.gradient, self.evaluate = params, gradient, evaluate
         self.schedule, self.checkpoint = schedule, checkpoint
         self.fingerprint = json.loads(json.dumps(fingerprint or {}))
-        self.label, self.watch, self.quiet = label, watch, quiet
+        self.label, self.watch = label, watch
+        self.quiet = quiet or not workers().main
         self.state = State()
         self.best: Params = {name: value.detach().clone() for name, value in params.items()}
         self.optimizer = torch.optim.AdamW(
@@ -148,6 +150,7 @@ class Loop:
     def run(self) -> Params:
         """Train to the end and return the best tensors seen. Resumes where a checkpoint stands."""
         resumed = self._restore()
+        workers().wait()  # before the main process may write a newer checkpoint
         if resumed:
             log.info("resuming %s at step %d", self.label, self.state.step)
         schedule, state = self.schedule, self.state
@@ -237,7 +240,7 @@ class Loop:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not workers().main:
             return
         tensors: dict[str, Tensor] = {}
         for name, value in self.params.items():

@@ -12,6 +12,7 @@ from serve.errors import UserError
 from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples, load_task
 from trainer.modes import MODES
+from trainer.parallel import workers
 from trainer.tasks import Task, get_task, task_from_file
 
 
@@ -100,6 +101,8 @@ def pick_device(name: str) -> torch.device:
         UserError: the device is not there.
     """
     if name == "auto":
+        if (given := workers().device) is not None:
+            return given
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -20,6 +20,7 @@ from trainer.loop import Loop, Schedule, Score, check_rate
 from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
 from trainer.modes import Params, add_group
 from trainer.options import PromptOptions, checkpoint_folder, output_folder
+from trainer.parallel import workers
 from trainer.prompt import DEFAULT_TEMPLATE, Prompt, TaskRecord, save_prompt
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
@@ -183,13 +184,28 @@ def meta_train(
     episodes = _episodes(held, config.samples, config.seed)
 
     def gradient(step: int) -> dict[str, float]:
-        support, query = sampler.draw(config.seed, step)
-        outcome = outer_gradient(
-            scorer, params, rows.batch(support), rows.batch(query), sampler.tasks,
-            inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
-            second_order=config.order == "second",
-        )  # fmt: skip
-        return {"loss": outcome.loss, "accuracy": outcome.accuracy, "before": outcome.support_loss}
+        team = workers()
+        mine = team.share(sampler.tasks)
+        measured = {"loss": 0.0, "accuracy": 0.0, "before": 0.0}
+        if len(mine):
+            # [T*M] -> [T, M]: a process takes whole tasks
+            support, query = (
+                part.reshape(sampler.tasks, -1)[mine].ravel()
+                for part in sampler.draw(config.seed, step)
+            )
+            outcome = outer_gradient(
+                scorer, params, rows.batch(support), rows.batch(query), len(mine),
+                inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
+                second_order=config.order == "second",
+            )  # fmt: skip
+            share = len(mine) / sampler.tasks
+            measured = {
+                "loss": share * outcome.loss,
+                "accuracy": share * outcome.accuracy,
+                "before": share * outcome.support_loss,
+            }
+        team.sum_gradients(params)
+        return team.sum_values(measured)
 
     def evaluate() -> Score:
         """Query loss and accuracy after adaptation, on episodes of held-out rows."""
@@ -261,8 +277,8 @@ def pretrain(
     held_rows = Rows(backbone, config.template, held.texts, held.labels, config.max_tokens)
 
     def gradient(step: int) -> dict[str, float]:
-        batch = rows.batch(epoch_stream(len(rows), config.batch, config.seed, step))
-        return prompt_gradient(scorer, params, batch)
+        indices = epoch_stream(len(rows), config.batch, config.seed, step)
+        return prompt_gradient(scorer, params, rows, indices)
 
     schedule = Schedule(
         steps=config.steps, rate=config.rate,
@@ -306,6 +322,8 @@ def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
     backbone = config.load_backbone()
     run = record(command, config, backbone_sha256=backbone.sha256)
     loop = train(backbone, data, config, checkpoint=checkpoint_folder(out), fingerprint=run)
+    if not workers().main:
+        return
     prompt = source_prompt(loop, config, words, "metapt" if command == "meta" else "ppt")
     extras = {METRICS_FILE: loop.metrics_text(), RUN_FILE: json.dumps(run, indent=2) + "\n"}
     save_prompt(prompt, out, backbone, extras)

@@ -21,8 +21,8 @@ from trainer.initial import initial_params
 from trainer.loop import Loop, Schedule, check_rate
 from trainer.modes import Params, add_group
 from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.parallel import workers
 from trainer.prompt import Prompt, TaskRecord, save_prompt
-from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
@@ -92,14 +92,30 @@ def epoch_stream(size: int, samples: int, seed: int, step: int) -> np.ndarray:
     return rows[start : start + samples]
 
 
-def prompt_gradient(scorer: Scorer, params: Params, batch: Batch) -> dict[str, float]:
-    """Add the gradient of the batch's mean loss to `.grad`; returns loss and accuracy."""
-    assert batch.labels is not None
-    scores = scorer(add_group(params), batch)
-    loss = torch.nn.functional.cross_entropy(scores, batch.labels)
-    loss.backward()
-    accuracy = (scores.argmax(-1) == batch.labels).float().mean()
-    return {"loss": float(loss.detach()), "accuracy": float(accuracy)}
+def prompt_gradient(
+    scorer: Scorer, params: Params, rows: Rows, indices: np.ndarray
+) -> dict[str, float]:
+    """Put the gradient of the mean loss over rows `indices` into `.grad`.
+
+    Several processes each take their share of the rows; all end with the whole gradient.
+
+    Returns:
+        loss and accuracy over all the rows.
+    """
+    team = workers()
+    mine = indices[team.share(len(indices))]
+    measured = {"loss": 0.0, "accuracy": 0.0}
+    if len(mine):
+        batch = rows.batch(mine)
+        assert batch.labels is not None
+        scores = scorer(add_group(params), batch)
+        losses = torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum")
+        loss = losses / len(indices)
+        loss.backward()
+        hits = (scores.argmax(-1) == batch.labels).sum()
+        measured = {"loss": float(loss.detach()), "accuracy": float(hits) / len(indices)}
+    team.sum_gradients(params)
+    return team.sum_values(measured)
 
 
 def tune(
@@ -147,7 +163,7 @@ def tune(
     loop = Loop(
         params,
         lambda step: prompt_gradient(
-            scorer, params, rows.batch(epoch_stream(len(rows), samples, config.seed, step))
+            scorer, params, rows, epoch_stream(len(rows), samples, config.seed, step)
         ),
         lambda: scorer.score(params, held),
         schedule,
@@ -203,6 +219,8 @@ def run_tune(config: TuneConfig) -> None:
         backbone, task, train, validation, config,
         checkpoint=checkpoint_folder(out), fingerprint=run,
     )  # fmt: skip
+    if not workers().main:
+        return
     extras = {METRICS_FILE: tuned.metrics, RUN_FILE: json.dumps(run, indent=2) + "\n"}
     save_prompt(tuned.prompt, out, backbone, extras)
     tuned.loop.clean_up()
