@@ -22,6 +22,7 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _TRIES = 100  # draws of 40 before a class is called missing
 _INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class beside a gap
+_MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
 _MOST_CLASSES = 200  # more distinct values than this are no class column
 
 
@@ -236,7 +237,7 @@ def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Exampl
 
 def normalise(text: str) -> str:
     """Letters and digits only, in lower case: two spellings of one sentence become equal."""
-    return "".join(char for char in text.casefold() if char.isalnum())
+    return _MARKS.sub("", text.casefold())
 
 
 def _hash(text: str) -> int:

@@ -1,0 +1,284 @@
+"""`label`: the reservoir, the classifier and the command."""
+
+from __future__ import annotations
+
+import re
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from serve.cli import Command, run
+from serve.errors import UserError
+from trainer import label
+from trainer.classifier import train_labeller, with_sentences
+from trainer.corpus import Sentence
+from trainer.data import Examples
+from trainer.label import LabelConfig, run_label
+from trainer.reservoir import BINS, Reservoir, fingerprint
+
+POOR = ["awful", "terrible", "boring", "dreadful", "nasty", "ugly"]
+FINE = ["lovely", "great", "superb", "charming", "tasty", "fresh"]
+THINGS = ["soup", "room", "film", "song", "phone", "book", "staff", "view"]
+
+
+def chunk_of(count: int, classes: int, seed: int) -> tuple[list[Sentence], np.ndarray]:
+    """Sentences "item 0", ... with random probabilities [count, classes]."""
+    probabilities = np.random.default_rng(seed).dirichlet([0.5] * classes, count)
+    return [Sentence(f"item {i}", "f.txt") for i in range(count)], probabilities
+
+
+def test_a_reservoir_keeps_what_is_sure_and_counts_the_rest() -> None:
+    stream, probabilities = chunk_of(500, 3, 0)
+    found = Reservoir(10_000, 0.7, 0, 3)
+    found.add(stream, probabilities, set())
+    best, sure = probabilities.argmax(1), probabilities.max(1)
+    for index in range(3):
+        expected = [i for i in range(500) if best[i] == index and sure[i] >= 0.7]
+        assert [text for text, _, _ in found.kept[index]] == [f"item {i}" for i in expected]
+        assert found.above(0.9)[index] == sum((best == index) & (sure >= 0.9))
+    assert found.histogram.sum() == found.seen == 500
+    assert found.histogram.shape == (3, BINS)
+
+
+def test_a_confidence_on_a_threshold_counts_as_reaching_it() -> None:
+    found = Reservoir(5, 0.7, 0, 2)
+    found.add([Sentence("x", "f")], np.array([[0.3, 0.7]]), set())
+    assert found.above(0.7).tolist() == [0, 1]
+    assert len(found.kept[1]) == 1
+
+
+def test_every_sentence_has_the_same_chance() -> None:
+    # 60 sentences, 15 kept, 400 seeds: each is kept 100 times, give or take (sd 8.7).
+    times = np.zeros(60)
+    stream = [Sentence(f"s{i}", "f") for i in range(60)]
+    for seed in range(400):
+        found = Reservoir(15, 0.5, seed, 1)
+        found.add(stream, np.ones((60, 1)), set())
+        assert len(found.kept[0]) == 15
+        for text, _, _ in found.kept[0]:
+            times[int(text[1:])] += 1
+    assert times.sum() == 15 * 400
+    assert abs(times - 100).max() < 40
+
+
+def test_the_cut_into_chunks_does_not_matter() -> None:
+    stream, probabilities = chunk_of(300, 2, 1)
+    whole, parts = Reservoir(20, 0.5, 3, 2), Reservoir(20, 0.5, 3, 2)
+    whole.add(stream, probabilities, set())
+    for start in range(0, 300, 7):
+        parts.add(stream[start : start + 7], probabilities[start : start + 7], set())
+    assert whole.kept == parts.kept
+
+
+def test_excluded_and_repeated_sentences_stay_out() -> None:
+    texts = ["It's Great!", "its great", "Bad one.", "Other"]
+    found = Reservoir(5, 0.5, 0, 1)
+    found.add([Sentence(t, "f") for t in texts], np.ones((4, 1)), {fingerprint("BAD one")})
+    assert [text for text, _, _ in found.kept[0]] == ["It's Great!", "Other"]
+    assert (found.excluded, found.repeated) == (1, 1)
+
+
+def test_a_restored_reservoir_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    stream, probabilities = chunk_of(400, 3, 2)
+    whole, first, second = (Reservoir(15, 0.5, 5, 3) for _ in range(3))
+    whole.add(stream, probabilities, {fingerprint("item 7")})
+    first.add(stream[:230], probabilities[:230], {fingerprint("item 7")})
+    first.save(tmp_path / "state", {"a": 1})
+    assert not second.restore(tmp_path / "state", {"a": 2})  # another run
+    assert second.restore(tmp_path / "state", {"a": 1})
+    second.add(stream[230:], probabilities[230:], {fingerprint("item 7")})
+    assert second.kept == whole.kept
+    for name in ("seen", "excluded", "repeated"):
+        assert getattr(second, name) == getattr(whole, name)
+    np.testing.assert_array_equal(second.histogram, whole.histogram)
+
+
+def test_balanced_choice_takes_as_many_of_each_class() -> None:
+    found = Reservoir(100, 0.0, 0, 2)
+    stream = [Sentence(f"s{i}", "f") for i in range(50)]
+    found.add(stream, np.eye(2)[[0] * 40 + [1] * 10], set())
+    even = found.choose(balance=True)
+    assert np.bincount(even["label"]).tolist() == [10, 10]
+    assert len(set(even["text"])) == 20
+    assert len(set(even["label"][:10].tolist())) == 2  # mixed
+    assert np.bincount(found.choose(balance=False)["label"]).tolist() == [40, 10]
+
+
+def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Texts of two sentences each, good or bad by the words in them."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        mood, words = ("bad", POOR) if i % 2 else ("good", FINE)
+        parts = [
+            f"The {THINGS[generator.integers(8)]} was {words[generator.integers(6)]} number {i}."
+            for _ in range(2)
+        ]
+        rows.append((" ".join(parts), mood))
+    return rows
+
+
+def csv(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    path.write_text("text,label\n" + "".join(f'"{t}",{c}\n' for t, c in rows), "utf-8")
+    return path
+
+
+def test_the_classifier_learns_from_texts_and_their_sentences() -> None:
+    rows = reviews(200)
+    names = ("bad", "good")
+    labels = np.array([names.index(mood) for _, mood in rows])
+    examples = Examples([text for text, _ in rows], labels, names, "r")
+    texts, found = with_sentences(examples, (4, 60))
+    assert len(texts) == 600
+    assert texts[200] + " " + texts[201] == texts[0]
+    assert found[200] == found[201] == labels[0]
+    labeller = train_labeller(examples)
+    probabilities = labeller.probabilities(["The soup was awful.", "A superb and lovely view."])
+    assert probabilities.argmax(1).tolist() == [0, 1]
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    figures = labeller.measure(examples.sample(50, 1), 0.5)
+    assert figures["accuracy"] == 1.0
+    assert labeller.probabilities([]).shape == (0, 2)
+
+
+def test_a_class_without_training_rows_is_named() -> None:
+    examples = Examples(["a b c d"] * 4, np.zeros(4, np.int64), ("bad", "good"), "r.csv")
+    with pytest.raises(UserError, match=r"r\.csv has no training row of class 'good'"):
+        train_labeller(examples)
+
+
+@pytest.fixture
+def material(tmp_path: Path) -> dict[str, Any]:
+    """A labelled file, a corpus and the flags that use them."""
+    csv(tmp_path / "reviews.csv", reviews(300))
+    lines = [text for text, _ in reviews(400, seed=9)]
+    lines += ["The lovely staff was great and superb and it must not get in."]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return {
+        "corpus": [str(tmp_path / "corpus.txt")],
+        "data": str(tmp_path / "reviews.csv"),
+        "out": str(tmp_path / "out" / "sure.parquet"),
+        "per_class": 50,
+        "chunk": 64,
+    }
+
+
+def test_a_corpus_becomes_balanced_pseudo_labels(
+    material: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    banned = "The lovely staff was great and superb, and it must NOT get in"
+    csv(tmp_path / "down.csv", [(banned.replace(",", ""), "good")])
+    run_label(LabelConfig(**material, exclude=[str(tmp_path / "down.csv")], threshold=0.6))
+    table = parquet.read_table(material["out"]).to_pydict()
+    assert list(table) == ["text", "label", "confidence", "source"]
+    assert np.bincount(table["label"]).tolist() == [50, 50]
+    for text, index in zip(table["text"], table["label"], strict=True):
+        assert any(word in text for word in (POOR, FINE)[index])  # names sort as bad, good
+    assert min(table["confidence"]) >= 0.6
+    assert set(table["source"]) == {"corpus.txt"}
+    assert not any("must not get in" in text for text in table["text"])
+    printed = capsys.readouterr().out
+    assert "accuracy 1.000" in printed
+    assert "801 sentences; 1 excluded" in printed
+    assert (tmp_path / "out" / "sure.run.json").is_file()
+
+
+def test_a_killed_run_ends_as_one_that_was_not(
+    material: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_label(LabelConfig(**{**material, "out": str(tmp_path / "whole.parquet")}))
+    monkeypatch.setattr(label, "_CHECKPOINT_SECONDS", 0.0)
+    add, calls = Reservoir.add, []
+
+    def dying(self: Reservoir, *arguments: Any) -> None:
+        calls.append(len(arguments[0]))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    monkeypatch.setattr(Reservoir, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_label(LabelConfig(**material))
+    assert not Path(material["out"]).exists()
+    run_label(LabelConfig(**material))
+    assert sum(calls) - calls[5] == 801  # five chunks, then the rest: none twice
+    found, whole = (
+        parquet.read_table(path) for path in (material["out"], tmp_path / "whole.parquet")
+    )
+    assert found.equals(whole)
+    assert sorted(p.name for p in Path(material["out"]).parent.iterdir()) == [
+        "sure.parquet", "sure.run.json",
+    ]  # fmt: skip
+
+
+def test_labelled_rows_pass_through_with_their_own_labels(
+    material: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = reviews(30)
+    data = csv(tmp_path / "r.csv", rows[:25])
+    out = tmp_path / "o.parquet"
+    run_label(LabelConfig(labelled=True, data=str(data), out=str(out)))
+    table = parquet.read_table(out).to_pydict()
+    assert np.bincount(table["label"]).tolist() == [12, 12]
+    moods = dict(rows)
+    for text, index in zip(table["text"], table["label"], strict=True):
+        assert moods[text] == ("bad", "good")[index]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Eight times the corpus, less than half as much again in memory."""
+
+    class Stub:
+        classes = 2
+
+        def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+            high = np.array([0.5 + (hash(text) % 50) / 100 for text in texts])
+            return np.stack([high, 1 - high], axis=1)
+
+    peaks = []
+    for lines in (1000, 8000):
+        path = tmp_path / f"{lines}.txt"
+        line = "This is sentence number %09d of the corpus. And here is another one, %09d.\n"
+        path.write_text("".join(line % (i, i) for i in range(lines)), "utf-8")
+        config = LabelConfig(
+            corpus=[str(path)], out=str(tmp_path / "o.parquet"), per_class=50, chunk=128
+        )
+        tracemalloc.start()
+        found = label._annotate(config, [path], Stub(), set())  # type: ignore[arg-type]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.seen == 2 * lines
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--corpus"], "--corpus"),
+        (["--labelled"], "--labelled reads no --corpus"),
+        (["--min-words", "9", "--max-words", "3"], "--min-words 9 is above --max-words 3"),
+        (["--out", "result.csv"], "the name must end in .parquet"),
+        (["--threshold", "1.5"], "--threshold must be at most 1"),
+        (["--threshold", "1"], "no sentence of class .* lower --threshold"),
+        (["--min-words", "50"], "holds no sentence of 50 to 60 words"),
+        (["--data", "none.csv"], "none.csv does not exist"),
+        (["--exclude", "none.csv"], "--exclude none.csv does not exist"),
+    ],
+)
+def test_bad_flags_end_in_one_line_and_code_2(
+    material: dict[str, Any], change: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = ["--corpus", *material["corpus"], "--data", material["data"], "--out", material["out"]]
+    code = run(
+        "trainer", "", {"label": Command(LabelConfig, run_label)}, ["label", *flags, *change]
+    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert (code, len(lines)) == (2, 1)
+    assert re.search(message, lines[0])
+    assert not Path(material["out"]).exists()
