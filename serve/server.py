@@ -19,7 +19,7 @@ from serve.http import App, Limits
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4096  # open at once; beyond it the server answers 503
-_ARRIVAL = 0.2  # seconds that a request takes at most on a connection that was made at the very end
+_ARRIVAL = 0.3  # seconds between connecting and sending, for who connects at the very end
 
 
 def serve_forever(
@@ -122,15 +122,15 @@ class _Server(uvicorn.Server):
         self._listener.setblocking(False)
         taken = []
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while True:  # until there is none left
                 taken.append(self._listener.accept()[0])
         self._listener.close()
         loop = asyncio.get_running_loop()
         for connection in taken:
             connection.setblocking(False)
             await loop.connect_accepted_socket(self._protocol, connection)
-        if taken:
-            await asyncio.sleep(_ARRIVAL)
+        # A connection without a request is closed next; the newest get time to send theirs.
+        await asyncio.sleep(_ARRIVAL)
         await super().shutdown()
 
     def _protocol(self) -> asyncio.Protocol:
