@@ -126,7 +126,8 @@ class Room:
         if name in self.bundled:
             return name
         raise UserError(
-            f"There is no task “{name or ''}” here. Choose one of: {', '.join(self.names(session))}."
+            f"There is no task “{name or ''}” here. Choose one of: "
+            f"{', '.join(self.names(session))}."
         )
 
     def task(self, session: str, name: str | None) -> Task:

@@ -1,0 +1,261 @@
+"""Teach: name a task and its labels, give examples, watch a prompt learn, and use it at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from demo import lesson as sample
+from demo.parts import KNOWN, plain, problem, say, session_of
+from demo.state import Room
+from demo.table import LABEL_NAMES, TEXT_NAMES, read_sheet
+from demo.teach import (
+    MOST_EXAMPLES,
+    MOST_LABELS,
+    Cancelled,
+    Lesson,
+    Lessons,
+    Step,
+    make_lesson,
+    parse_labels,
+    served,
+    study,
+    write_zip,
+)
+from serve.errors import UserError
+
+_RUNS = {"metapt": "MetaPT start", "random": "random start"}
+_COLOURS = {"MetaPT start": "#0d9488", "random start": "#d97706"}
+
+
+@dataclass
+class TeachTab:
+    """Components that the page needs."""
+
+    taught: gr.Textbox  # hidden; changes to the new task's name when there is one
+
+
+def curves(steps: list[Step]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The steps as two tables to plot: loss on held-out examples, accuracy in per cent."""
+    rows = [(step.step, _RUNS[step.run], step) for step in steps]
+    loss = pd.DataFrame(
+        [(number, run, step.validation_loss) for number, run, step in rows],
+        columns=["step", "start", "loss"],
+    )
+    accuracy = pd.DataFrame(
+        [(number, run, 100 * step.accuracy) for number, run, step in rows],
+        columns=["step", "start", "accuracy"],
+    )
+    return loss, accuracy
+
+
+def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
+    """Labels in the order of their appearance, and each one's texts, one a line.
+
+    Raises:
+        UserError: the file cannot be read, or its labels are not 2 to 10.
+    """
+    sheet = read_sheet(path, MOST_EXAMPLES, room.limits.megabytes)
+    if len(sheet.header) < 2:
+        raise UserError("The file needs two columns: text and label.")
+    names = [name for name in sheet.header if name.strip().lower() in LABEL_NAMES]
+    label_column = names[0] if names else sheet.header[-1]
+    texts = sheet.column(sheet.guess(TEXT_NAMES, not_this=label_column))
+    groups: dict[str, list[str]] = {}
+    for text, label in zip(texts, sheet.column(label_column), strict=True):
+        groups.setdefault(label.strip(), []).append(" ".join(text.split()))
+    labels = parse_labels("\n".join(groups))
+    return labels, ["\n".join(groups[label]) for label in labels]
+
+
+def result_line(lessons: Lessons, served_right: int) -> str:
+    """What the two runs reached, in words."""
+    parts = []
+    for run, title in _RUNS.items():
+        if run in lessons.prompts:
+            figures = lessons.prompts[run].task.figures
+            parts.append(
+                f"**{title}: {figures['validation_accuracy']:.0%}** "
+                f"(best at step {figures['best_step']} of {figures['steps']})"
+            )
+    words = ", ".join(plain(word) for word in lessons.words)
+    return (
+        f"Accuracy on the {lessons.held} examples held out: {'; '.join(parts)}. As served by "
+        f"onnxruntime: {served_right} of {lessons.held}. Label words: {words}."
+    )
+
+
+def build(room: Room) -> TeachTab:
+    """Build the tab in the Blocks that is open."""
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    gr.Markdown(
+        f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
+        "prompt is tuned on two thirds of them and tested on the rest, once from the MetaPT start "
+        "and once from random numbers. It is served in every tab at once, to you alone, until you "
+        "close the page.",
+        elem_classes="lead",
+    )
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            name = gr.Textbox(label="Task", max_length=60, elem_id="teach-name")
+            labels = gr.Textbox(
+                label="Labels, separated by commas", elem_id="teach-labels", max_length=500,
+            )  # fmt: skip
+            wrong = problem("teach-problem")
+            with gr.Row():
+                fill = gr.Button("Fill in an example", size="sm", elem_id="teach-fill")
+                upload = gr.UploadButton(
+                    "Upload CSV (text, label)", file_types=[".csv", ".tsv"], size="sm",
+                    elem_id="teach-upload",
+                )  # fmt: skip
+            boxes = [
+                gr.Textbox(
+                    label="Examples", lines=4, max_lines=6, visible=False,
+                    elem_id=f"teach-examples-{i}",
+                )
+                for i in range(MOST_LABELS)
+            ]  # fmt: skip
+            with gr.Row():
+                go = gr.Button("Teach", variant="primary", elem_id="teach-go")
+                cancel = gr.Button("Cancel", elem_id="teach-cancel", interactive=False)
+        with gr.Column(scale=1, min_width=300):
+            status = gr.Markdown("Nothing taught yet.", elem_id="teach-status")
+            accuracy = gr.LinePlot(
+                x="step", y="accuracy", color="start", color_map=_COLOURS, y_lim=[0, 100],
+                title="Held-out accuracy, %", height=230, elem_id="teach-accuracy", y_title="",
+            )  # fmt: skip
+            loss = gr.LinePlot(
+                x="step", y="loss", color="start", color_map=_COLOURS, title="Held-out loss",
+                height=230, elem_id="teach-loss", y_title="",
+            )  # fmt: skip
+            download = gr.DownloadButton(
+                "Download the prompt (safetensors, zip)", visible=False, elem_id="teach-download"
+            )
+    taught = gr.Textbox(visible=False)
+
+    def show_boxes(value: str) -> list[Any]:
+        names = [part.strip() for part in re.split(r"[,\n]", value) if part.strip()][:MOST_LABELS]
+        return [
+            gr.update(visible=True, label=f"Examples of “{names[i]}”, one a line")
+            if i < len(names)
+            else gr.update(visible=False)
+            for i in range(MOST_LABELS)
+        ]
+
+    def fill_fields(names: list[str], groups: list[str]) -> list[Any]:
+        filled = [
+            gr.update(value=group, visible=True, label=f"Examples of “{label}”, one a line")
+            for label, group in zip(names, groups, strict=True)
+        ]
+        return [", ".join(names), *filled, *[gr.update(value="", visible=False)] * (
+            MOST_LABELS - len(filled))]  # fmt: skip
+
+    def fill_sample() -> list[Any]:
+        groups = ["\n".join(texts) for texts in sample.EXAMPLES.values()]
+        return [sample.NAME, *fill_fields(list(sample.EXAMPLES), groups), say(None)]
+
+    def fill_file(path: str) -> list[Any]:
+        try:
+            names, groups = fields_of_file(path, room)
+        except KNOWN as error:
+            return [gr.skip()] * (1 + MOST_LABELS) + [say(error)]
+        return [*fill_fields(names, groups), say(None)]
+
+    outputs = [status, accuracy, loss, download, taught, go, cancel, wrong]
+    on, off = gr.update(interactive=True), gr.update(interactive=False)
+
+    def idle(message: Any, error: Exception | None = None) -> tuple[Any, ...]:
+        skip = gr.skip()
+        return message, skip, skip, skip, skip, on, off, say(error)
+
+    def run(
+        task_name: str, label_text: str, request: gr.Request, *rest: str
+    ) -> Iterator[tuple[Any, ...]]:
+        session = session_of(request)
+        visitor = room.visitor(session)
+        try:
+            names = parse_labels(label_text or "")
+            groups = [(box or "").splitlines() for box in rest[: len(names)]]
+            lesson = make_lesson(task_name or "", names, groups)
+            room.check_can_teach(session, lesson.name)
+        except KNOWN as error:
+            yield idle(gr.skip(), error)
+            return
+        visitor.cancel.clear()
+        lessons, steps, early = Lessons(), [], False
+        hide = gr.update(visible=False)
+        yield ("Loading the backbone …", None, None, hide, gr.skip(), off, on, say(None))
+        try:
+            for item in study(room, lesson, visitor.cancel, lessons):
+                room.visitor(session)  # still here
+                if item is None:
+                    continue
+                steps.append(item)
+                curve, points = curves(steps)
+                line = (
+                    f"{_RUNS[item.run]}, step {item.step}: held-out accuracy {item.accuracy:.0%}, "
+                    f"loss {item.validation_loss:.2f}"
+                )
+                skip = gr.skip()
+                yield line, points, curve, skip, skip, skip, skip, skip
+                if item.run == "random" and not early:
+                    # The MetaPT run is done: its prompt need not wait for the comparison.
+                    serve(session, lesson, lessons)
+                    early = True
+            right = serve(session, lesson, lessons)
+        except Cancelled:
+            yield idle("Cancelled. Nothing was kept.")
+            return
+        except KNOWN as error:
+            yield idle("Not taught.", error)
+            return
+        path = write_zip(lessons.prompts["metapt"])
+        yield (
+            f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
+            + result_line(lessons, right),
+            *[gr.skip()] * 2,
+            gr.update(value=path, visible=True),
+            lesson.name,
+            on,
+            off,
+            say(None),
+        )
+
+    def serve(session: str, lesson: Lesson, lessons: Lessons) -> int:
+        """Serve what has been learned; returns how many held-out examples the graph gets right."""
+        from demo.teach import split
+
+        record, arrays = served(room, lessons.prompts["metapt"])
+        variants = {}
+        if "random" in lessons.prompts:
+            variants["from-random"] = served(room, lessons.prompts["random"])[1]
+        start = room.start("metapt")
+        if start is not None:
+            variants["metapt"] = room.classifier.bundle.read_prompt(start)
+        tries = sample.TRY if lesson.labels == list(sample.EXAMPLES) else lesson.texts[:3]
+        taught = room.add(session, lesson.name, record, arrays, variants, tries)
+        held = split(lesson.classes)[1]
+        found = room.classify_keys([lesson.texts[i] for i in held], taught.key)
+        return sum(
+            result.label == lesson.labels[lesson.classes[i]]
+            for i, result in zip(held, found.results, strict=True)
+        )
+
+    def stop(request: gr.Request) -> str:
+        room.visitor(session_of(request)).cancel.set()
+        return "Cancelling …"
+
+    labels.change(show_boxes, labels, boxes, **quiet)
+    fill.click(fill_sample, None, [name, labels, *boxes, wrong], **quiet)
+    upload.upload(fill_file, upload, [labels, *boxes, wrong], **quiet)
+    go.click(
+        run, [name, labels, *boxes], outputs, api_visibility="private", show_progress="minimal",
+        show_progress_on=[status], concurrency_limit=1, concurrency_id="teach",
+    )  # fmt: skip
+    cancel.click(stop, None, status, **quiet, queue=False)
+    return TeachTab(taught)

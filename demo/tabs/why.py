@@ -1,0 +1,83 @@
+"""Why: the words that carried the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from demo.html import escape, facts
+from demo.parts import FAST, KNOWN, problem, say, session_of, task_switch
+from demo.samples import samples
+from demo.state import MAX_TEXT, Room
+from demo.why import coloured, explain, ranking
+
+_HEADERS = ["Word", "Weight (log-odds)", "Label without it", "Answer without it"]
+
+
+@dataclass
+class WhyTab:
+    """Components that the page needs."""
+
+    text: gr.Textbox
+    switch: gr.Radio
+
+
+def build(room: Room) -> WhyTab:
+    """Build the tab in the Blocks that is open."""
+    first = room.main_tasks()[0]
+    gr.Markdown(
+        "Every word is left out in turn, and all these texts run as one batch through the served "
+        "graph: no gradients, no second model.",
+        elem_classes="lead",
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            text = gr.Textbox(
+                label="Text", lines=4, max_lines=12, max_length=MAX_TEXT, elem_id="why-text",
+                value=samples(first)[0],
+            )  # fmt: skip
+            wrong = problem("why-problem")
+            switch = task_switch(room, "why-task")
+            go = gr.Button("Which words?", variant="primary", elem_id="why-go")
+        with gr.Column(scale=3, min_width=320):
+            shown = gr.HTML(elem_id="why-words")
+            table = gr.Dataframe(
+                headers=_HEADERS, label="The heaviest words", interactive=False, visible=False,
+                elem_id="why-table",
+            )  # fmt: skip
+
+    def run(value: str, name: str, request: gr.Request) -> tuple[Any, ...]:
+        try:
+            found = explain(room, session_of(request), value or "", name)
+        except KNOWN as error:
+            return "", gr.update(visible=False), say(error)
+        label = escape(found.result.label)
+        key = (
+            f'<p class="key"><span class="for">for {label}</span>'
+            f'<span class="against">against {label}</span></p>'
+        )
+        times = "one batch" if found.batches == 1 else f"about {found.batches} batches"
+        numbers = facts(
+            [
+                (found.result.label, f"with {found.result.score:.0%}"),
+                (f"{len(found.pieces) + 1} texts", f"in {times}, {found.milliseconds:.0f} ms"),
+            ]
+        )
+        rows = ranking(value, found)
+        return (
+            numbers + coloured(value, found) + key,
+            gr.update(value=rows, visible=True),
+            say(None),
+        )
+
+    outputs = [shown, table, wrong]
+    live: dict[str, Any] = {
+        "fn": run, "inputs": [text, switch], "outputs": outputs, "api_visibility": "private",
+        "concurrency_limit": FAST, "concurrency_id": "fast",
+    }  # fmt: skip
+    go.click(**live)
+    text.submit(**live)
+    switch.change(**live)
+    return WhyTab(text, switch)

@@ -1,0 +1,373 @@
+"""Teaching: from a handful of examples to a task that is served, twice: from MetaPT and at random.
+
+The prompt is tuned by `trainer.tune`, in a thread; what it measures comes out of an iterator.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from demo.state import Room, check_text
+from serve.bundle import Arrays
+from serve.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from trainer.backbone import Backbone
+    from trainer.prompt import Prompt
+    from trainer.tasks import Task
+
+MOST_LABELS, LEAST_LABELS = 10, 2
+MOST_EXAMPLES = 400  # of a lesson; more belong into the trainer's command line
+EPOCHS = 60
+RATE = 3e-3  # appendix A.4
+SEED = 1
+
+
+class Cancelled(Exception):
+    """The visitor pressed cancel, or left."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a visitor wants to teach, checked.
+
+    Attributes:
+        name: of the task; labels: C; texts, classes: N examples with their class, 0..C-1.
+    """
+
+    name: str
+    labels: list[str]
+    texts: list[str]
+    classes: list[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of a run.
+
+    Attributes:
+        run: `metapt` or `random` (the start); step: of the optimizer.
+        loss: of the training batch, None before the first step; accuracy: on held-out examples.
+    """
+
+    run: str
+    step: int
+    loss: float | None
+    validation_loss: float
+    accuracy: float
+
+
+@dataclass
+class Lessons:
+    """What a lesson ended with: the prompts by start, and the label words chosen."""
+
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    held: int = 0
+
+
+def parse_labels(value: str) -> list[str]:
+    """Labels separated by commas or lines.
+
+    Raises:
+        UserError: fewer than 2, more than 10, one twice, or one too long.
+    """
+    labels = [part.strip() for part in re.split(r"[,\n]", value) if part.strip()]
+    if not LEAST_LABELS <= len(labels) <= MOST_LABELS:
+        raise UserError(
+            f"Name {LEAST_LABELS} to {MOST_LABELS} labels, separated by commas; these are "
+            f"{len(labels)}."
+        )
+    lower = [label.casefold() for label in labels]
+    twice = next((label for label in labels if lower.count(label.casefold()) > 1), None)
+    if twice:
+        raise UserError(f"The label “{twice}” stands there twice.")
+    long = next((label for label in labels if len(label) > 40), None)
+    if long:
+        raise UserError(f"The label “{long[:40]} …” is longer than 40 characters.")
+    return labels
+
+
+def make_lesson(name: str, labels: Sequence[str], examples: Sequence[Sequence[str]]) -> Lesson:
+    """Check a lesson.
+
+    Args:
+        examples: one list of texts per label.
+
+    Raises:
+        UserError: with the sentence to show.
+    """
+    name = " ".join(name.split())
+    if not name or len(name) > 40:
+        raise UserError("Give the task a name of 1 to 40 characters.")
+    texts: list[str] = []
+    classes: list[int] = []
+    for index, (label, group) in enumerate(zip(labels, examples, strict=True)):
+        kept = list(dict.fromkeys(text.strip() for text in group if text.strip()))
+        if len(kept) < 2:
+            raise UserError(
+                f"“{label}” has {len(kept)} examples. Give at least 2 different ones: one to "
+                "learn from, one to test on."
+            )
+        texts += kept
+        classes += [index] * len(kept)
+    for text in texts:
+        check_text(text)
+    if len(texts) > MOST_EXAMPLES:
+        raise UserError(
+            f"These are {len(texts)} examples; this page takes {MOST_EXAMPLES}. For more, use "
+            "the trainer: python -m trainer tune --data FILE."
+        )
+    seen: dict[str, int] = {}
+    for text, number in zip(texts, classes, strict=True):
+        if seen.setdefault(text, number) != number:
+            raise UserError(f"“{text[:60]}” is an example of two labels. Remove one of them.")
+    return Lesson(name, list(labels), texts, classes)
+
+
+def split(classes: Sequence[int], seed: int = SEED) -> tuple[list[int], list[int]]:
+    """Positions to learn from and to test on: of each class a third, at least one, is held out."""
+    generator = np.random.default_rng(seed)
+    learn: list[int] = []
+    held: list[int] = []
+    for number in sorted(set(classes)):
+        members = generator.permutation([i for i, c in enumerate(classes) if c == number]).tolist()
+        count = max(1, len(members) // 3)
+        held += members[:count]
+        learn += members[count:]
+    return [int(i) for i in generator.permutation(learn)], held
+
+
+@lru_cache(maxsize=1)
+def load_backbone(name: str, sha256: str) -> Backbone:
+    """The backbone in torch, loaded at the first lesson and then kept.
+
+    Raises:
+        UserError: it is another one than the bundle's. Failure: it cannot be had.
+    """
+    try:
+        from trainer.backbone import load_backbone as load
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'Teaching needs the trainer ({error.name} is missing): pip install "metapt[trainer]".'
+        ) from None
+    backbone = load(name)
+    if sha256 and backbone.sha256 != sha256:
+        raise UserError(
+            f"The backbone “{Path(name).name}” is not the one that this bundle was made with. "
+            "Start the demo with --backbone and its folder."
+        )
+    return backbone
+
+
+def choose_words(backbone: Backbone, labels: Sequence[str]) -> list[str]:
+    """One token of the vocabulary for each label, all different.
+
+    A label that is one token stands for itself. Otherwise the first of its words that is one, and
+    failing that the whole word of the vocabulary whose embedding is nearest to the mean of the
+    label's pieces.
+    """
+    tokenizer = backbone.tokenizer
+    taken: set[int] = set()
+    words: list[str] = []
+    for label in labels:
+        found = None
+        for word in (label, label.lower(), *re.findall(r"\w+", label.lower())):
+            pieces = tokenizer.encode(word, add_special_tokens=False)
+            if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id and pieces[0] not in taken:
+                found = (word, pieces[0])
+                break
+        word, token = found or _nearest_word(backbone, label, taken)
+        words.append(word)
+        taken.add(token)
+    return words
+
+
+@lru_cache(maxsize=1)
+def _whole_words(backbone_sha256: str, tokenizer: Any) -> tuple[list[str], list[int]]:
+    words, ids = [], []
+    for piece, number in tokenizer.get_vocab().items():
+        word = piece.removeprefix("▁")
+        if piece.startswith("▁") and len(word) > 2 and word.isalpha() and word.islower():
+            words.append(word)
+            ids.append(number)
+    return words, ids
+
+
+def _nearest_word(backbone: Backbone, label: str, taken: set[int]) -> tuple[str, int]:
+    import torch
+
+    words, ids = _whole_words(backbone.sha256, backbone.tokenizer)
+    free = [(word, number) for word, number in zip(words, ids, strict=True) if number not in taken]
+    if not free:
+        raise UserError(f"The vocabulary has no word left for the label “{label}”. Rename it.")
+    table = backbone.t5.model.shared.weight.detach().float()
+    pieces = backbone.tokenizer.encode(label.lower(), add_special_tokens=False)
+    mean = table[pieces].mean(0)
+    vectors = table[[number for _, number in free]]
+    near = torch.nn.functional.cosine_similarity(vectors, mean[None], dim=1)
+    for position in near.argsort(descending=True).tolist():
+        word, number = free[position]
+        if backbone.tokenizer.encode(word, add_special_tokens=False) == [number]:
+            return word, number
+    raise UserError(f"The vocabulary has no word for the label “{label}”. Rename it.")
+
+
+def start_params(room: Room, backbone: Backbone, run: str) -> Any:
+    """The tensors that a run starts from: the bundle's MetaPT prompt, or random numbers.
+
+    A bundle without a MetaPT prompt lets the first run start from vocabulary words.
+    """
+    import torch
+
+    from trainer.initial import initial_params
+    from trainer.modes import deepen
+
+    bundle = room.classifier.bundle
+    start = room.start("metapt")
+    if run == "metapt" and start is not None:
+        arrays = bundle.read_prompt(start)
+        keys = ("kv", "states") if bundle.mode == "deep" else ("prompt_embeddings",)
+        params = {key: torch.from_numpy(arrays[key]).to(backbone.device) for key in keys}
+        if bundle.mode == "deep":
+            params = deepen(backbone.t5, params)
+        return {name: value.clone().requires_grad_() for name, value in params.items()}
+    init = "random" if run == "random" else "vocab"
+    return initial_params(backbone, init, bundle.mode, prompt_length(room), SEED)
+
+
+def prompt_length(room: Room) -> int:
+    """P of a taught prompt: the MetaPT start's, or the longest the graph takes."""
+    start = room.start("metapt")
+    if start is None:
+        return room.classifier.bundle.prompt_tokens
+    return len(room.classifier.bundle.read_prompt(start)["prompt_embeddings"])
+
+
+def study(
+    room: Room, lesson: Lesson, cancel: threading.Event, lessons: Lessons
+) -> Iterator[Step | None]:
+    """Tune from both starts; yields every evaluation, and None each half second without one.
+
+    `lessons.prompts` gains a start's prompt as soon as its run has ended.
+
+    Raises:
+        Cancelled: `cancel` was set. UserError, Failure: the trainer's.
+    """
+    header = room.classifier.bundle.header["backbone"]
+    try:
+        backbone = load_backbone(room.backbone_name, header.get("sha256") or "")
+    except Failure as error:
+        raise UserError(f"Teaching needs the backbone, but {error}.") from None
+    from trainer.data import Examples
+    from trainer.tasks import make_task
+
+    lessons.words = choose_words(backbone, lesson.labels)
+    task = make_task(lesson.name, lesson.labels, lessons.words)
+    learn, held = split(lesson.classes)
+    lessons.held = len(held)
+    pool = Examples(lesson.texts, np.array(lesson.classes), tuple(lesson.labels), "the examples")
+    for run in ("metapt", "random"):
+        yield from _study_one(
+            room, backbone, task, pool.take(learn), pool.take(held), run, cancel, lessons
+        )
+
+
+def _study_one(
+    room: Room,
+    backbone: Backbone,
+    task: Task,
+    train: Any,
+    validation: Any,
+    run: str,
+    cancel: threading.Event,
+    lessons: Lessons,
+) -> Iterator[Step | None]:
+    from trainer.tune import TuneConfig, tune
+
+    config = TuneConfig(
+        out="", mode=room.classifier.bundle.mode, prompt_tokens=prompt_length(room),
+        epochs=EPOCHS, rate=RATE, seed=SEED, max_tokens=128, name=task.name,
+    )  # fmt: skip
+    out: queue.Queue[Step | Exception | None] = queue.Queue()
+
+    def watch(step: int, metrics: dict[str, float]) -> None:
+        if cancel.is_set():
+            raise Cancelled
+        out.put(
+            Step(
+                run, step, metrics.get("loss"), metrics["validation_loss"],
+                metrics["validation_accuracy"],
+            )
+        )  # fmt: skip
+
+    def work() -> None:
+        try:
+            params = start_params(room, backbone, run)
+            tuned = tune(
+                backbone, task, train, validation, config, params=params, watch=watch, quiet=True
+            )
+            lessons.prompts[run] = tuned.prompt
+            out.put(None)
+        except Exception as error:  # it is raised again in the visitor's thread, below
+            out.put(error)
+
+    worker = threading.Thread(target=work, name="teach", daemon=True)
+    worker.start()
+    try:
+        while True:
+            try:
+                item = out.get(timeout=0.5)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        # The iterator may be closed early, when the visitor leaves: the thread must not go on.
+        if worker.is_alive() and run not in lessons.prompts:
+            cancel.set()
+        worker.join(timeout=60)
+
+
+def served(room: Room, prompt: Prompt) -> tuple[dict[str, Any], Arrays]:
+    """A tuned prompt as record and arrays for the classifier.
+
+    Raises:
+        UserError: its words or length do not fit the bundle.
+    """
+    from tokenizers import Tokenizer
+
+    from exporter.record import bundle_arrays, task_record
+
+    tokenizer = Tokenizer.from_file(str(room.classifier.bundle.folder / "tokenizer.json"))
+    record = task_record(vars(prompt.task), tokenizer, f"The task “{prompt.task.name}”")
+    arrays = {name: value.detach().cpu().float().numpy() for name, value in prompt.params.items()}
+    return record, bundle_arrays(arrays)
+
+
+def write_zip(prompt: Prompt, backbone: Backbone | None = None) -> str:
+    """The prompt folder (safetensors, task.json, PEFT's configuration) as a zip file."""
+    import shutil
+    import tempfile
+
+    from trainer.prompt import save_prompt
+
+    safe = re.sub(r"[^a-z0-9-]+", "-", prompt.task.name.lower()).strip("-") or "task"
+    folder = Path(tempfile.mkdtemp(prefix="metapt-"))
+    save_prompt(prompt, folder / safe, backbone)
+    path = shutil.make_archive(str(folder / safe), "zip", folder, safe)
+    shutil.rmtree(folder / safe)
+    return path
