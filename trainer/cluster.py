@@ -142,6 +142,7 @@ def assign(
 
 def _kmeans(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     different = len(np.unique(vectors, axis=0))
     if different < k:
@@ -153,7 +154,10 @@ def _kmeans(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
         model: Any = MiniBatchKMeans(k, random_state=seed, n_init=_STARTS, batch_size=4096)
     else:
         model = KMeans(k, random_state=seed, n_init=_STARTS)
-    return model.fit_predict(vectors).astype(np.int64)
+    # One thread: sums in a fixed order give the same clusters on every machine, and on a busy one
+    # the threads of K-means wait for each other far longer than they work.
+    with threadpool_limits(1):
+        return model.fit_predict(vectors).astype(np.int64)
 
 
 def _topics(texts: Sequence[str], k: int, seed: int) -> np.ndarray:

@@ -54,6 +54,9 @@ def load_encoder(source: str) -> Any:
         UserError: a folder that holds no model, or sentence-transformers is not installed.
         Failure: a hub id that can be had neither from the hub nor from its cache.
     """
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").is_file():
+        raise UserError(f"--encoder {source} holds no config.json: pass a model's folder")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -63,9 +66,6 @@ def load_encoder(source: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" of a small model
-    local = Path(source).is_dir()
-    if local and not (Path(source) / "config.json").is_file():
-        raise UserError(f"--encoder {source} holds no config.json: pass a model's folder")
     try:
         return SentenceTransformer(source, local_files_only=local)
     except Exception as error:

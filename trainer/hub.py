@@ -18,11 +18,14 @@ _PATIENCE = 8.0  # seconds that the hub is waited for; `datasets` alone retries 
 def _reachable(source: Hub) -> bool:
     """Whether the hub answers for this data set, asked once instead of with many retries."""
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.is_offline_mode():
         return False
     try:
         HfApi().dataset_info(source.id, timeout=_PATIENCE)
+    except HfHubHTTPError:  # it does answer; `datasets` will say what is wrong with the set
+        return True
     except Exception as error:  # any failure to reach it means "use the cache"
         logger.debug("the hub does not answer for %s: %s", source.id, error)
         return False

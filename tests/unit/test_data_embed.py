@@ -1,0 +1,97 @@
+"""Sentence embeddings: order, cache, and where the encoder comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.errors import UserError
+from trainer import embed as module
+from trainer.embed import embed, encoder_source, load_encoder
+
+
+class Fake:
+    """An encoder that tells how often it ran: a text's vector is its length and first letter."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+        self.batches.append(texts)
+        return np.array([[len(text), ord(text[0])] for text in texts], np.float32)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setenv("METAPT_CACHE", str(tmp_path / "cache"))
+    encoder = Fake()
+    monkeypatch.setattr(module, "load_encoder", lambda source: encoder)
+    return encoder
+
+
+def test_rows_belong_to_their_texts_though_batches_go_by_length(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", 3)
+    texts = [chr(97 + i % 26) * (1 + i * 7 % 19) for i in range(50)]
+    found = embed(texts, "some/id", quiet=True)
+    np.testing.assert_array_equal(found, [[len(text), ord(text[0])] for text in texts])
+    assert found.dtype == np.float32
+    lengths = [len(text) for batch in fake.batches for text in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(fake.batches) > 1
+
+
+def test_the_cache_knows_texts_and_encoders_apart(fake: Fake) -> None:
+    first = embed(["ab", "c"], "some/id", quiet=True)
+    again = embed(["ab", "c"], "some/id", quiet=True)
+    np.testing.assert_array_equal(first, again)
+    assert len(fake.batches) == 1
+    embed(["a", "bc"], "some/id", quiet=True)  # the same letters, cut elsewhere
+    embed(["ab", "c"], "other/id", quiet=True)
+    embed(["ab", "c"], "some/id", cache=False, quiet=True)
+    assert len(fake.batches) == 4
+
+
+def test_a_damaged_cache_is_made_again(fake: Fake, tmp_path: Path) -> None:
+    first = embed(["ab", "c"], "some/id", quiet=True)
+    (path,) = (tmp_path / "cache" / "embeddings").iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    np.testing.assert_array_equal(embed(["ab", "c"], "some/id", quiet=True), first)
+    assert len(fake.batches) == 2
+
+
+def test_a_folder_is_known_by_its_weights_not_its_path(fake: Fake, tmp_path: Path) -> None:
+    for name, content in (("one", b"w"), ("copy", b"w"), ("other", b"v")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        embed(["text"], str(tmp_path / name), quiet=True)
+    assert len(fake.batches) == 2
+
+
+def test_the_encoder_comes_from_the_package_a_folder_or_an_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert encoder_source(str(tmp_path)) == str(tmp_path)
+    assert encoder_source("sentence-transformers/all-mpnet-base-v2").endswith("mpnet-base-v2")
+    monkeypatch.setattr(module, "PACKAGE", "a_package_that_is_not_there")
+    assert encoder_source(None) == "sentence-transformers/all-MiniLM-L6-v2"
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "PACKAGE", "pack")
+    assert encoder_source(None) == str(tmp_path / "pack" / "model")
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "~/none"])
+def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        encoder_source(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_encoder(str(tmp_path))
