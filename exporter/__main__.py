@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from exporter import edit
 from serve.bundle import remove_task
 from serve.cli import Command, main, option
+from serve.errors import UserError
 
 log = logging.getLogger("exporter")
+
+PRECISIONS = ("fp32", "int8", "fp16")  # as in exporter.precision, which needs onnx
 
 
 @dataclass
@@ -18,7 +21,7 @@ class BundleConfig:
     """Compile prompts into a bundle: one ONNX graph, any number of tasks."""
 
     prompts: list[str] = option(help="prompt folders, all of one mode", positional=True)
-    out: str = option(help="the bundle's folder")
+    out: str | None = option(None, help="the bundle's folder")
     backbone: str = option(
         "mini", help="the T5 the prompts were trained on: mini, a folder or hub id"
     )
@@ -28,7 +31,30 @@ class BundleConfig:
     )
     max_tokens: int = option(512, help="longest input, template included", minimum=8)
 
-    examples = ["runs/film runs/products --out bundle"]
+    precision: list[str] = option(
+        ["fp32"], help="graphs in the bundle: int8 for CPUs, fp16 for GPUs", choices=PRECISIONS
+    )
+    int8_bits: int = option(
+        7, help="bits of int8 weights: 7 is safe on every CPU, 8 only with VNNI", minimum=7,
+        maximum=8,
+    )  # fmt: skip
+    validation: str | None = option(
+        None, help="labelled file (CSV, TSV, JSONL, Parquet) to measure the precisions on"
+    )
+    task: str | None = option(None, help="the task of --validation, where there are several")
+    text_column: str = option("text", help="the text's column in --validation")
+    label_column: str = option("label", help="the label's column in --validation")
+    force: bool = option(False, help="keep a precision that loses more than 0.5 points")
+    single_file: str | None = option(
+        None, help="write one prompt as one file of this name, with everything baked in"
+    )
+    format: str = option("onnx", help="of --single-file", choices=("onnx", "torchscript"))
+
+    examples = [
+        "runs/film runs/products --out bundle --precision fp32 int8",
+        "runs/film --single-file film.onnx",
+        "runs/film --single-file film.pt --format torchscript",
+    ]
 
 
 @dataclass
@@ -63,16 +89,41 @@ class ListConfig:
 
 def run_bundle(config: BundleConfig) -> None:
     """`bundle`: torch is imported here and nowhere else."""
-    from exporter.export import export_bundle
+    if (config.out is None) == (config.single_file is None):
+        raise UserError("pass --out for a bundle's folder, or --single-file for one file")
+    if config.format != "onnx" and config.single_file is None:
+        raise UserError(f"--format {config.format} needs --single-file: a bundle is ONNX")
     from trainer.backbone import load_backbone
 
+    backbone = load_backbone(config.backbone)
+    if config.single_file is not None:
+        from exporter.single import export_single
+
+        if len(config.prompts) != 1 or len(config.precision) != 1:
+            raise UserError("--single-file takes one prompt and one --precision")
+        worst = export_single(
+            config.prompts[0], backbone, config.single_file, kind=config.format,
+            precision=config.precision[0], max_tokens=config.max_tokens,
+        )  # fmt: skip
+        log.info("%s: logits differ from torch by at most %.1e", config.single_file, worst)
+        return
+    from exporter.export import export_bundle
+
+    assert config.out is not None
     bundle = export_bundle(
         config.prompts,
-        load_backbone(config.backbone),
+        backbone,
         config.out,
         names=config.names,
+        precisions=config.precision,
         prompt_tokens=config.prompt_tokens,
         max_tokens=config.max_tokens,
+        int8_bits=config.int8_bits,
+        validation=config.validation,
+        task=config.task,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        force=config.force,
     )
     sys.stdout.write(edit.describe(bundle.folder) + "\n")
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from exporter.graph import PrefixGraph, ServedGraph
+from exporter.measure import Validation, answer, compare, load_validation, refuse
+from exporter.precision import PRECISIONS, fp16_onnx, int8_onnx
 from exporter.record import bundle_arrays, task_name, task_record
 from exporter.trace import WeightsFile, prefix_onnx, served_onnx
-from exporter.verify import Slot, bank, check, difference, session
+from exporter.verify import Slot, bank, check, difference, run, session
 from serve import bundle as bundles
 from serve.errors import UserError
 from serve.files import atomic_folder
@@ -111,62 +115,142 @@ def export_bundle(
     precisions: Sequence[str] = ("fp32",),
     prompt_tokens: int | None = None,
     max_tokens: int = MAX_TOKENS,
+    int8_bits: int = 7,
+    validation: str | None = None,
+    task: str | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    force: bool = False,
 ) -> bundles.Bundle:
     """Write a bundle of these prompts, whole or not at all.
 
     Args:
         prompts: prompt folders, or prompts in memory, all of one mode.
         names: of the tasks; by default the names in the prompts' records.
-        precisions: `fp32` and more.
+        precisions: of `exporter.precision.PRECISIONS`; fp32 is always in a bundle.
         prompt_tokens: P of the graph, so that longer prompts can be added later.
         max_tokens: longest row that the bundle takes, template included.
+        int8_bits: see `exporter.precision.int8_onnx`.
+        validation: a labelled file on which every other precision is measured; `task` names its
+            task, `text_column` and `label_column` its columns.
+        force: keep a precision that loses more than half a point of accuracy.
 
     Raises:
         UserError: what was asked for does not fit together.
-        Failure: the graph cannot be traced, or differs from torch by more than 1e-4.
+        Failure: the graph cannot be traced, differs from torch by more than 1e-4, or a precision
+            loses too much.
     """
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "bundle.json").is_file():
         raise UserError(f"{out} is not empty and not a bundle: pass another --out")
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise UserError(f"--precision '{name}' is unknown: use {', '.join(PRECISIONS)}")
     job = prepare(prompts, backbone, names=names, prompt_tokens=prompt_tokens)
-    t5, config = backbone.t5, backbone.t5.model.config
+    tokenizer = rust_tokenizer(backbone)
+    texts = None
+    if validation is not None:
+        texts = load_validation(
+            validation, task, job.names, job.records, tokenizer, max_tokens, text_column,
+            label_column,
+        )  # fmt: skip
     log.info("tracing %s: mode %s, %d prompt tokens", backbone.name, job.mode, job.tokens)
-    served = ServedGraph(t5, backbone.decoder_ids, job.mode, job.tokens).eval()
+    served = ServedGraph(backbone.t5, backbone.decoder_ids, job.mode, job.tokens).eval()
     with atomic_folder(out) as folder:
-        with WeightsFile(folder / WEIGHTS) as weights:
+        weights = WeightsFile(folder / WEIGHTS)
+        with weights:
             _save(folder / "model.onnx", weights.place(served_onnx(served)))
             if job.mode == "prefix":
                 graph = PrefixGraph(served).eval()
-                _save(folder / "prefix.onnx", weights.place(prefix_onnx(graph, t5.width)))
-        rust_tokenizer(backbone).save(str(folder / "tokenizer.json"))
-        prefix = session(folder / "prefix.onnx") if job.mode == "prefix" else None
-        values = bank(job.slots, job.mode, job.tokens, prefix)
-        plain = session(folder / "model.onnx")
-        worst = difference(plain, values, job.slots, backbone, job.mode, max_tokens)
-        check(worst, "the exported graph")
-        log.info("verified against torch: logits differ by at most %.1e", worst)
-        header = {
-            "mode": job.mode,
-            "backbone": {
-                "id": Path(backbone.name).name if Path(backbone.name).is_dir() else backbone.name,
-                "sha256": backbone.sha256,
-                "d_model": t5.width,
-                "num_layers": t5.layers,
-                "num_heads": t5.heads,
-                "d_kv": t5.head_width,
-                "vocab_size": config.vocab_size,
-            },
-            "prompt_tokens": job.tokens,
-            "max_tokens": max_tokens,
-            "precisions": {"fp32": {"graph": "model.onnx", "max_logit_difference": worst}},
-            "prefix_graph": "prefix.onnx" if job.mode == "prefix" else None,
-        }
-        bundles.create(folder, header)
+                _save(folder / "prefix.onnx", weights.place(prefix_onnx(graph, backbone.t5.width)))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        measured = _measure(
+            folder, job, backbone, precisions, weights, max_tokens, int8_bits, texts, force
+        )
+        bundles.create(folder, _header(job, backbone, max_tokens, measured))
         for name, record, slot in zip(job.names, job.records, job.slots, strict=True):
             arrays = {key: value.numpy() for key, value in slot.params.items()}
             bundles.add_task(folder, name, record, bundle_arrays(arrays))
     return bundles.load(out, verify=False)
 
 
-def _save(path: Path, model: Any) -> None:
+def _measure(
+    folder: Path,
+    job: Job,
+    backbone: Backbone,
+    precisions: Sequence[str],
+    weights: WeightsFile,
+    max_tokens: int,
+    int8_bits: int,
+    texts: Validation | None,
+    force: bool,
+) -> dict[str, dict[str, Any]]:
+    """Verify the fp32 graph, make and measure the others; the `precisions` of the header."""
+    prefix = session(folder / "prefix.onnx") if job.mode == "prefix" else None
+    values = bank(job.slots, job.mode, job.tokens, prefix)
+    plain = session(folder / "model.onnx")
+
+    def differ(graph: ort.InferenceSession) -> float:
+        logits = lambda batch: run(graph, {**values, **batch})  # noqa: E731
+        return difference(logits, job.slots, backbone, job.mode, max_tokens)
+
+    worst = differ(plain)
+    check(worst, "the exported graph")
+    log.info("verified against torch: logits differ by at most %.1e", worst)
+    figures: dict[str, Any] = {"graph": "model.onnx", "max_logit_difference": worst}
+    expected = None
+    if texts is not None:
+        expected = answer(plain, values, texts)
+        figures["validation"] = compare(expected, expected, texts)
+    measured = {"fp32": figures}
+    for name in dict.fromkeys(precisions):
+        if name == "fp32":
+            continue
+        source = folder / "model.onnx"
+        model, figures = int8_onnx(source, int8_bits) if name == "int8" else fp16_onnx(source)
+        with WeightsFile(folder / f"weights.{name}.data").known(weights) as own:
+            _save(folder / f"model.{name}.onnx", own.place(model))
+        graph = session(folder / f"model.{name}.onnx")
+        figures = {"graph": f"model.{name}.onnx", **figures, "max_logit_difference": differ(graph)}
+        if texts is None or expected is None:
+            log.warning(
+                "%s: logits differ by up to %.3f; accuracy was not measured, pass --validation",
+                name, figures["max_logit_difference"],
+            )  # fmt: skip
+        else:
+            figures["validation"] = compare(expected, answer(graph, values, texts), texts)
+            if not force:
+                refuse(name, figures["validation"])
+            log.info(
+                "%s: accuracy %+.2f points, logits differ by up to %.3f",
+                name, 100 * figures["validation"]["accuracy_change"],
+                figures["validation"]["max_logit_difference"],
+            )  # fmt: skip
+        measured[name] = figures
+    return measured
+
+
+def _header(
+    job: Job, backbone: Backbone, max_tokens: int, precisions: dict[str, Any]
+) -> dict[str, Any]:
+    t5 = backbone.t5
+    return {
+        "mode": job.mode,
+        "backbone": {
+            "id": Path(backbone.name).name if Path(backbone.name).is_dir() else backbone.name,
+            "sha256": backbone.sha256,
+            "d_model": t5.width,
+            "num_layers": t5.layers,
+            "num_heads": t5.heads,
+            "d_kv": t5.head_width,
+            "vocab_size": t5.model.config.vocab_size,
+        },
+        "prompt_tokens": job.tokens,
+        "max_tokens": max_tokens,
+        "precisions": precisions,
+        "prefix_graph": "prefix.onnx" if job.mode == "prefix" else None,
+    }
+
+
+def _save(path: Path, model: onnx.ModelProto) -> None:
     path.write_bytes(model.SerializeToString())

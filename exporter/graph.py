@@ -16,6 +16,7 @@ a head, L layers, F width of the feed-forward layer, C classes, Q = 2 decoder po
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -110,6 +111,34 @@ class SelfAttention(nn.Module):
         return hidden + joined @ self.w_out
 
 
+@dataclass
+class PromptKV:
+    """Prompts' keys and values before the text.
+
+    Attributes:
+        kv: [N, L, 2, H, P, K].
+        task_id: int64 [B], the slot of each row; None where all rows share the only slot.
+    """
+
+    kv: Tensor
+    task_id: Tensor | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether `layer` gives one set for all rows."""
+        return self.task_id is None
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [B or 1, H, P, K]."""
+        if self.task_id is None:
+            return self.kv[:, index, 0], self.kv[:, index, 1]
+        slots, layers, two, heads, prompt, narrow = self.kv.shape
+        # One row per slot, layer and kind, so that only what the batch reads is copied.
+        flat = self.kv.view(slots * layers * two, heads, prompt, narrow)
+        first = self.task_id * (layers * two) + 2 * index
+        return flat.index_select(0, first), flat.index_select(0, first + 1)
+
+
 class Encoder(nn.Module):
     """The encoder, with keys and values of a prompt before the text or without."""
 
@@ -151,39 +180,39 @@ class Encoder(nn.Module):
         return position + masked_bias(seen, position.dtype)[:, None, None, :]
 
     def forward(
-        self, hidden: Tensor, bias: Tensor, bank_kv: Tensor | None, task_id: Tensor | None
+        self, hidden: Tensor, bias: Tensor, prompt: PromptKV | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode.
 
         Args:
             hidden: [B, S, D].
-            bias: [B, H, S, P + S], or [B, H, S, S] without a bank.
-            bank_kv: [N, L, 2, H, P, K]; task_id: int64 [B].
+            bias: [B, H, S, P + S], or [B, H, S, S] without a prompt.
+            prompt: gives a layer's keys and values.
 
         Returns:
-            states [B, S, D] after the final norm, and per layer [B, 2, H, S, K] keys and values.
+            states [B, S, D] after the final norm, and without a prompt per layer [B, 2, H, S, K],
+            the keys and values of what was encoded.
         """
         collected = []
-        if bank_kv is not None and task_id is not None:
-            slots, layers, two, heads, prompt, narrow = bank_kv.shape
-            # One row of the bank per layer and kind, so that only the batch's rows are copied.
-            flat = bank_kv.view(slots * layers * two, heads, prompt, narrow)
-            first = task_id * (layers * two)
         for index in range(self.layers):
             attention = cast(SelfAttention, self.attention[index])
             query, key, value = attention.project(hidden)
             scores = query @ key.transpose(-1, -2)
-            if bank_kv is None:
+            if prompt is None:
                 collected.append(torch.stack((key, value), dim=1))
+                context = (scores + bias).softmax(-1) @ value
             else:
-                # Joining the scores copies less than joining the keys; for the values it is the
-                # other way round (measured, see docs/speed.md).
-                prompt_key = flat.index_select(0, first + 2 * index)
-                prompt_value = flat.index_select(0, first + (2 * index + 1))
+                # Joining the scores copies less than joining the keys; for values of each row's
+                # own it is the other way round (measured, see docs/speed.md).
+                prompt_key, prompt_value = prompt.layer(index)
                 scores = torch.cat((query @ prompt_key.transpose(-1, -2), scores), dim=-1)
-                value = torch.cat((prompt_value, value), dim=2)
-            weights = (scores + bias).softmax(-1)
-            hidden = attention.join(hidden, weights @ value)
+                weights = (scores + bias).softmax(-1)
+                if prompt.shared:
+                    before = prompt_value.shape[2]
+                    context = weights[..., :before] @ prompt_value + weights[..., before:] @ value
+                else:
+                    context = weights @ torch.cat((prompt_value, value), dim=2)
+            hidden = attention.join(hidden, context)
             hidden = self.feed[index](hidden)
         return self.final(hidden), collected
 
@@ -345,11 +374,11 @@ class ServedGraph(nn.Module):
         if self.mode == "full":
             whole = torch.cat((prompts[0].index_select(0, task_id), text), dim=1)
             bias = self.encoder.bias(0, before + length, seen)
-            memory, _ = self.encoder(whole, bias, None, None)
+            memory, _ = self.encoder(whole, bias, None)
         else:
             bank_kv, bank_states = prompts
             bias = self.encoder.bias(before, length, seen)
-            states, _ = self.encoder(text, bias, bank_kv, task_id)
+            states, _ = self.encoder(text, bias, PromptKV(bank_kv, task_id))
             memory = torch.cat((bank_states.index_select(0, task_id), states), dim=1)
         decoded = self.decoder(memory, seen)  # [B, D]
         words = label_ids.index_select(0, task_id)  # [B, C]
@@ -371,22 +400,53 @@ class PrefixGraph(nn.Module):
         slots = torch.arange(self.prompt_tokens, device=prompt.device)
         seen = (slots >= self.prompt_tokens - length)[None]
         bias = self.encoder.bias(0, self.prompt_tokens, seen)
-        states, kv = self.encoder(prompt[None], bias, None, None)
+        states, kv = self.encoder(prompt[None], bias, None)
         return torch.cat(kv, dim=0), states[0]
 
 
 class SingleFileGraph(nn.Module):
-    """One task with everything baked in: input_ids, attention_mask -> logits [B, C]."""
+    """One task with everything baked in: input_ids, attention_mask -> logits [B, C].
 
-    def __init__(self, served: ServedGraph, bank: list[Tensor]) -> None:
+    Args:
+        prompt: the task's tensors without a group axis (`trainer.modes`), unpadded; in mode
+            `prefix` its keys, values and states are computed here.
+        words: int64 [C], the label words; only their rows of the output matrix are kept.
+    """
+
+    def __init__(self, served: ServedGraph, prompt: dict[str, Tensor], words: Tensor) -> None:
         super().__init__()
-        self.served = served
-        for index, value in enumerate(bank):
-            self.register_buffer(f"bank_{index}", value)
-        self.count = len(bank)
+        self.mode = served.mode
+        self.encoder, self.decoder, self.shared = served.encoder, served.decoder, served.shared
+        if self.mode == "full":
+            self.register_buffer("prompt", prompt["prompt_embeddings"][None])
+        else:
+            if self.mode == "prefix":
+                embeddings = prompt["prompt_embeddings"]
+                with torch.no_grad():
+                    seen = torch.ones(1, embeddings.shape[0], dtype=torch.bool)
+                    bias = self.encoder.bias(0, embeddings.shape[0], seen)
+                    states, layers = self.encoder(embeddings[None], bias, None)
+                kv = torch.stack(layers, dim=1)
+            else:
+                kv, states = prompt["kv"][None], prompt["states"][None]
+            self.register_buffer("kv", kv)  # [1, L, 2, H, P, K]
+            self.register_buffer("prompt", states)  # [1, P, D]
+        self.register_buffer("word_rows", served.head.detach()[words].t().contiguous())  # [D, C]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, S], [B, S] -> [B, C]."""
-        bank = [getattr(self, f"bank_{index}") for index in range(self.count)]
-        task_id = torch.zeros_like(input_ids[:, 0])
-        return self.served(input_ids, attention_mask, task_id, *bank)
+        rows, length = input_ids.shape
+        prompt = cast(Tensor, self.prompt)
+        before = prompt.shape[1]
+        present = torch.ones_like(input_ids[:, :1], dtype=torch.bool).expand(-1, before)
+        seen = torch.cat((present, attention_mask.bool()), dim=1)
+        text = functional.embedding(input_ids, self.shared)
+        spread = prompt.expand(rows, -1, -1)
+        if self.mode == "full":
+            whole = torch.cat((spread, text), dim=1)
+            memory, _ = self.encoder(whole, self.encoder.bias(0, before + length, seen), None)
+        else:
+            bias = self.encoder.bias(before, length, seen)
+            states, _ = self.encoder(text, bias, PromptKV(cast(Tensor, self.kv), None))
+            memory = torch.cat((spread, states), dim=1)
+        return self.decoder(memory, seen) @ cast(Tensor, self.word_rows)

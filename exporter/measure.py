@@ -1,0 +1,117 @@
+"""What a lower precision costs, measured on labelled texts at export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from exporter.record import Arrays
+from exporter.verify import feed, run
+from serve.errors import Failure, UserError
+from trainer.data import load_examples
+
+ROWS = 32  # of a batch; rows are sorted by length first, so that little is padding
+ALLOWED_LOSS = 0.005  # of accuracy: half a point
+
+
+@dataclass
+class Validation:
+    """Labelled texts of one task, as rows for the graph.
+
+    Attributes:
+        task: its name; slot: its place among the exported tasks.
+        rows: token ids of each text within the template; labels: [M] class indices.
+    """
+
+    task: str
+    slot: int
+    rows: list[list[int]]
+    labels: np.ndarray
+
+
+def load_validation(
+    path: str,
+    task: str | None,
+    names: list[str],
+    records: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Validation:
+    """Read a labelled file for one of the exported tasks.
+
+    Args:
+        task: its name; may be None where there is one task only.
+
+    Raises:
+        UserError: the task is not among them, or the file does not fit its labels.
+    """
+    if task is None and len(names) == 1:
+        task = names[0]
+    if task not in names:
+        raise UserError(
+            f"--task must name the task of --validation, one of {', '.join(names)}, not {task!r}"
+        )
+    slot = names.index(task)
+    record = records[slot]
+    examples = load_examples(path, text_column, label_column, labels=record["labels"])
+    before, after = record["prefix_ids"], record["suffix_ids"]
+    room = max_tokens - len(before) - len(after)
+    # As in serving: a text that holds "<extra_id_0>" must not set the template's blank.
+    tokenizer.encode_special_tokens = True
+    pieces = tokenizer.encode_batch(examples.texts, add_special_tokens=False)
+    tokenizer.encode_special_tokens = False
+    rows = [[*before, *piece.ids[:room], *after] for piece in pieces]
+    return Validation(task, slot, rows, np.asarray(examples.labels))
+
+
+def answer(graph: ort.InferenceSession, values: Arrays, validation: Validation) -> np.ndarray:
+    """The graph's logits [M, C] on the validation rows."""
+    order = sorted(range(len(validation.rows)), key=lambda row: len(validation.rows[row]))
+    result: np.ndarray | None = None
+    for start in range(0, len(order), ROWS):
+        chosen = order[start : start + ROWS]
+        batch = feed([(validation.slot, validation.rows[row]) for row in chosen])
+        logits = run(graph, {**values, **batch})
+        if result is None:
+            result = np.zeros((len(order), logits.shape[1]), np.float32)
+        result[chosen] = logits
+    assert result is not None
+    return result
+
+
+def compare(plain: np.ndarray, other: np.ndarray, validation: Validation) -> dict[str, Any]:
+    """Figures of a variant against the fp32 graph, for `bundle.json`.
+
+    Args:
+        plain, other: [M, C] logits; classes the task does not have are hugely negative.
+    """
+    real = plain > -5e3
+    gap = np.abs(np.where(real, other - plain, 0.0))
+    truth = validation.labels
+    before = float((plain.argmax(1) == truth).mean())
+    after = float((other.argmax(1) == truth).mean())
+    return {
+        "task": validation.task,
+        "texts": len(truth),
+        "accuracy": after,
+        "accuracy_change": after - before,
+        "agreement": float((plain.argmax(1) == other.argmax(1)).mean()),
+        "max_logit_difference": float(gap.max()),
+        "mean_logit_difference": float(gap[real].mean()),
+    }
+
+
+def refuse(precision: str, figures: dict[str, Any]) -> None:
+    """Raises: Failure when the variant loses more than half a point of accuracy."""
+    if figures["accuracy_change"] < -ALLOWED_LOSS:
+        raise Failure(
+            f"{precision} loses {-100 * figures['accuracy_change']:.1f} points of accuracy on "
+            f"{figures['texts']} texts of task '{figures['task']}', more than "
+            f"{100 * ALLOWED_LOSS:g}: nothing was written; leave it out, or pass --force"
+        )

@@ -1,0 +1,134 @@
+"""One task in one file: ONNX for onnxruntime in any language, or TorchScript.
+
+The file answers `input_ids`, `attention_mask` (int64 [B, S]) with logits [B, C]. What a caller
+needs besides is inside as JSON under the key `task`: labels, the template and its token ids around
+the text, and the temperature.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from exporter.export import Job, prepare
+from exporter.graph import ServedGraph, SingleFileGraph
+from exporter.precision import int8_onnx
+from exporter.record import Arrays
+from exporter.trace import dynamic_axes, example, to_onnx
+from exporter.verify import check, difference, run, session
+from serve.errors import Failure, UserError
+from serve.files import atomic_write
+from trainer.backbone import Backbone
+from trainer.prompt import Prompt
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("onnx", "torchscript")
+LIMIT = 2_000_000_000  # bytes; protobuf, and so an .onnx file, ends at 2 GiB
+
+
+def export_single(
+    prompt: Path | str | Prompt,
+    backbone: Backbone,
+    out: Path | str,
+    *,
+    kind: str = "onnx",
+    precision: str = "fp32",
+    max_tokens: int = 512,
+) -> float:
+    """Write one task as one file, verified against torch.
+
+    Args:
+        kind: `onnx` or `torchscript`; precision: `fp32`, for onnx also `int8`.
+
+    Returns:
+        The largest difference of a logit to torch.
+
+    Raises:
+        UserError: the prompt does not fit, or the combination does not exist.
+        Failure: tracing failed, the logits differ, or the file would be too large.
+    """
+    out = Path(out)
+    if kind not in FORMATS:
+        raise UserError(f"--format '{kind}' is unknown: use {', '.join(FORMATS)}")
+    if precision not in ("fp32", "int8") or (kind == "torchscript" and precision != "fp32"):
+        raise UserError(f"--precision {precision} does not go with --single-file as {kind}")
+    if out.is_dir():
+        raise UserError(f"--single-file {out} is a folder: pass the name of a file")
+    job = prepare([prompt], backbone)
+    served = ServedGraph(backbone.t5, backbone.decoder_ids, job.mode, job.tokens).eval()
+    words = torch.tensor(job.slots[0].words)
+    graph = SingleFileGraph(served, job.slots[0].params, words).eval()
+    values = example(served)
+    arguments = (values["input_ids"], values["attention_mask"])
+    write = _write_torchscript if kind == "torchscript" else _write_onnx
+    with atomic_write(out) as temporary:
+        return write(graph, arguments, job, backbone, temporary, precision, max_tokens)
+
+
+def _task_json(job: Job) -> str:
+    kept = ("labels", "words", "template", "prefix_ids", "suffix_ids", "temperature")
+    return json.dumps({"name": job.names[0], **{key: job.records[0][key] for key in kept}})
+
+
+def _write_onnx(
+    graph: SingleFileGraph,
+    arguments: tuple[torch.Tensor, ...],
+    job: Job,
+    backbone: Backbone,
+    path: Path,
+    precision: str,
+    max_tokens: int,
+) -> float:
+    names = ["input_ids", "attention_mask"]
+    model = to_onnx(graph, arguments, names, ["logits"], dynamic_axes(names))
+    if model.ByteSize() > LIMIT:
+        raise Failure(
+            f"a single file of this backbone takes {model.ByteSize() / 1e9:.1f} GB, and .onnx ends "
+            "at 2 GB: export a bundle, or --precision int8"
+        )
+    if precision == "int8":
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "model.onnx"
+            plain.write_bytes(model.SerializeToString())
+            model, _ = int8_onnx(plain)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "task", _task_json(job)
+    onnx.save(model, str(path))
+    runner = session(path)
+    worst = difference(lambda batch: run(runner, batch), job.slots, backbone, job.mode, max_tokens)
+    if precision == "fp32":
+        check(worst, "the single file")
+    return worst
+
+
+def _write_torchscript(
+    graph: SingleFileGraph,
+    arguments: tuple[torch.Tensor, ...],
+    job: Job,
+    backbone: Backbone,
+    path: Path,
+    precision: str,
+    max_tokens: int,
+) -> float:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # it warns of sizes; other sizes are verified below
+        traced = torch.jit.trace(graph, arguments, check_trace=False)
+        torch.jit.save(traced, str(path), _extra_files={"task": _task_json(job)})
+        loaded = torch.jit.load(str(path))
+
+    def logits(batch: Arrays) -> np.ndarray:
+        inputs = (torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+        with torch.no_grad():
+            return loaded(*inputs).numpy()
+
+    worst = difference(logits, job.slots, backbone, job.mode, max_tokens)
+    check(worst, "the TorchScript file")
+    return worst
