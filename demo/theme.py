@@ -10,7 +10,12 @@ CSS = """
   --font-mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   --for: 13, 148, 136; --against: 217, 119, 6;
 }
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1080px !important; width: 100% !important;
+  margin: 0 auto !important; }
+.gradio-container main { width: 100%; }
+.gradio-container [role="tab"].selected { color: #0f766e; } /* 5.5 : 1 on white */
+.dark .gradio-container [role="tab"].selected, .dark [role="tab"].selected { color: #5eead4; }
+.gradio-container td, .gradio-container th { font-family: var(--font) !important; }
 .gradio-container .prose h1 { margin: 0.2rem 0 0.1rem; font-size: 1.6rem; }
 .lead p { color: var(--body-text-color-subdued); margin: 0; max-width: 46rem; }
 .problem { border-left: 3px solid #dc2626; padding: 0.1rem 0.7rem; }
@@ -18,15 +23,16 @@ CSS = """
 .facts { display: flex; flex-wrap: wrap; gap: 0.4rem 1.6rem; line-height: 1.3; }
 .facts div { min-width: 7rem; } .facts b { font-size: 1.15rem; display: block; }
 .facts span, .quiet { color: var(--body-text-color-subdued); font-size: 0.85rem; }
-.words { line-height: 2.1; font-size: 1.05rem; overflow-wrap: anywhere; }
+.words { margin: 0.8rem 0; line-height: 2.1; font-size: 1.05rem; overflow-wrap: anywhere; }
 .words span { border-radius: 4px; padding: 0.15em 0.1em; }
 .for { background: rgba(var(--for), var(--a, 0.5)); }
 .against { background: rgba(var(--against), var(--a, 0.5)); }
 .key span { border-radius: 4px; padding: 0.1em 0.5em; margin-right: 0.6em; }
 .scroll { overflow-x: auto; }
 table.grid { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
-table.grid th, table.grid td { text-align: left; padding: 0.45rem 0.6rem; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary); min-width: 8.5rem; }
+table.grid th, table.grid td { text-align: left; padding: 0.45rem 0.6rem !important;
+  vertical-align: top; border: 0 solid var(--border-color-primary) !important;
+  border-bottom-width: 1px !important; min-width: 8.5rem; }
 table.grid th { font-weight: 600; }
 table.grid small { color: var(--body-text-color-subdued); display: block; font-weight: 400; }
 table.grid td.changed { background: rgba(var(--against), 0.22); }

@@ -108,7 +108,7 @@ def build(room: Room) -> None:
     if found.get("map"):
         gr.ScatterPlot(
             map_table(found["map"]), x="x", y="y", color="cluster", height=460,
-            tooltip=["cluster", "label", "text"], x_title="", y_title="", elem_id="bonnet-map",
+            tooltip=["cluster", "label", "text"], x_title=" ", y_title=" ", elem_id="bonnet-map",
             title="The clusters that MetaPT saw, each a task of its own (t-SNE)",
         )  # fmt: skip
     curves = found.get("curves") or {}
@@ -119,7 +119,7 @@ def build(room: Room) -> None:
         )  # fmt: skip
         plot = gr.LinePlot(
             curve_table(curves, "validation_accuracy"), x="step", y="value", color="run",
-            height=300, y_title="", elem_id="bonnet-curves",
+            height=300, y_title=" ", elem_id="bonnet-curves",
         )  # fmt: skip
         figure.change(
             lambda key: curve_table(curves, key), figure, plot,

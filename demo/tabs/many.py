@@ -57,6 +57,15 @@ def classify_all(
     yield len(results), pd.concat([table, odds], axis=1)
 
 
+def distributions(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of each label, and of each label by steps of ten per cent of confidence."""
+    counts = table["label"].value_counts().rename_axis("label").reset_index(name="rows")
+    steps = (table["confidence"] * 10).clip(upper=9).astype(int) * 10
+    names = steps.map(lambda low: f"{low}–{low + 10} %")
+    spread = table.assign(confidence=names).groupby(["confidence", "label"]).size()
+    return counts, spread.reset_index(name="rows")
+
+
 def write_csv(table: pd.DataFrame, name: str) -> str:
     """The table as a CSV file in a folder of its own; Gradio removes its copy after an hour."""
     safe = "".join(char if char.isalnum() or char in "-_." else "-" for char in name) or "table"
@@ -106,11 +115,11 @@ def build(room: Room) -> ManyTab:
             status = gr.Markdown("No table yet.", elem_id="many-status", elem_classes="quiet")
             plot = gr.BarPlot(
                 x="label", y="rows", title="How many of each label", height=240, visible=False,
-                x_title="", y_title="rows", elem_id="many-plot",
+                x_title=" ", y_title="rows", elem_id="many-plot",
             )  # fmt: skip
             sure = gr.BarPlot(
                 x="confidence", y="rows", color="label", title="How sure", height=240,
-                visible=False, x_title="confidence, %", y_title="rows", elem_id="many-sure",
+                visible=False, x_title="confidence", y_title="rows", elem_id="many-sure",
             )  # fmt: skip
             download = gr.DownloadButton(
                 "Download CSV", visible=False, elem_id="many-download", size="sm"
@@ -171,16 +180,12 @@ def build(room: Room) -> ManyTab:
                     )
                     yield (line, *[gr.skip()] * 7, say(None))
                     continue
-                counts = table["label"].value_counts().rename_axis("label").reset_index(name="rows")
-                bins = (table["confidence"] * 20).clip(upper=19).astype(int) * 5
-                spread = (
-                    table.assign(confidence=bins)
-                    .groupby(["confidence", "label"]).size().reset_index(name="rows")
-                )  # fmt: skip
+                counts, spread = distributions(table)
                 line = f"{done:,} texts in {seconds:.1f} s: {rate:,.0f} a second"
                 labels = [_ALL, *room.task(session, name).labels]
                 yield (
-                    line, table, gr.update(value=counts, visible=True),
+                    line, table,
+                    gr.update(value=counts, visible=True, y_lim=[0, int(counts["rows"].max())]),
                     gr.update(value=spread, visible=True),
                     gr.update(value=write_csv(table, name), visible=True),
                     gr.update(visible=True), gr.update(choices=labels, value=_ALL), 1, say(None),

@@ -127,11 +127,12 @@ def build(room: Room) -> TeachTab:
             status = gr.Markdown("Nothing taught yet.", elem_id="teach-status")
             accuracy = gr.LinePlot(
                 x="step", y="accuracy", color="start", color_map=_COLOURS, y_lim=[0, 100],
-                title="Held-out accuracy, %", height=230, elem_id="teach-accuracy", y_title="",
+                title="Held-out accuracy, %", height=230, elem_id="teach-accuracy", y_title=" ",
+                visible=False,
             )  # fmt: skip
             loss = gr.LinePlot(
                 x="step", y="loss", color="start", color_map=_COLOURS, title="Held-out loss",
-                height=230, elem_id="teach-loss", y_title="",
+                height=230, elem_id="teach-loss", y_title=" ", visible=False,
             )  # fmt: skip
             download = gr.DownloadButton(
                 "Download the prompt (safetensors, zip)", visible=False, elem_id="teach-download"
@@ -189,7 +190,7 @@ def build(room: Room) -> TeachTab:
         visitor.cancel.clear()
         lessons, steps, early = Lessons(), [], False
         hide = gr.update(visible=False)
-        yield ("Loading the backbone …", None, None, hide, gr.skip(), off, on, say(None))
+        yield ("Loading the backbone …", hide, hide, hide, gr.skip(), off, on, say(None))
         try:
             for item in study(room, lesson, visitor.cancel, lessons):
                 room.visitor(session)  # still here
@@ -202,7 +203,8 @@ def build(room: Room) -> TeachTab:
                     f"loss {item.validation_loss:.2f}"
                 )
                 skip = gr.skip()
-                yield line, points, curve, skip, skip, skip, skip, skip
+                plots = [gr.update(value=table, visible=True) for table in (points, curve)]
+                yield line, *plots, skip, skip, skip, skip, skip
                 if item.run == "random" and not early:
                     # The MetaPT run is done: its prompt need not wait for the comparison.
                     serve(session, lesson, lessons)

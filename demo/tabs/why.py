@@ -13,7 +13,7 @@ from demo.samples import samples
 from demo.state import MAX_TEXT, Room
 from demo.why import coloured, explain, ranking
 
-_HEADERS = ["Word", "Weight (log-odds)", "Label without it", "Answer without it"]
+_HEADERS = ["Word", "Weight", "Without it", "Answer then"]
 
 
 @dataclass
@@ -44,8 +44,9 @@ def build(room: Room) -> WhyTab:
         with gr.Column(scale=3, min_width=320):
             shown = gr.HTML(elem_id="why-words")
             table = gr.Dataframe(
-                headers=_HEADERS, label="The heaviest words", interactive=False, visible=False,
-                elem_id="why-table",
+                headers=_HEADERS, label="The heaviest words (weights in log-odds)",
+                interactive=False, visible=False, elem_id="why-table",
+                column_widths=["34%", "20%", "22%", "24%"],
             )  # fmt: skip
 
     def run(value: str, name: str, request: gr.Request) -> tuple[Any, ...]:
