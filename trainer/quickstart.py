@@ -25,6 +25,7 @@ from serve.cli import as_json, option
 from serve.files import atomic_write, write_json
 from trainer.data import Examples, load_task
 from trainer.options import output_folder, pick_device
+from trainer.prompt import Prompt
 from trainer.runs import RUN_FILE, versions
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,11 @@ class QuickstartConfig:
     backbone: str = option("mini", help="a Hugging Face id, a folder, or mini, which ships")
     mode: str = option("prefix", choices=("full", "prefix", "deep"), help="attention mode")
     prompt_tokens: int = option(20, help="P; the paper's 100 take longer to train", minimum=1)
-    sentences: int = option(1200, help="pseudo-labelled sentences kept of each class", minimum=50)
-    meta_steps: int = option(60, help="outer steps of MetaPT (the paper's 20,000)", minimum=1)
-    test_rows: int = option(500, help="rows of each task that are classified", minimum=10)
+    sentences: int = option(800, help="pseudo-labelled sentences kept of each class", minimum=50)
+    clusters: int = option(6, help="K-means clusters (the paper's 10)", minimum=2)
+    meta_steps: int = option(40, help="outer steps of MetaPT (the paper's 20,000)", minimum=1)
+    epochs: int = option(40, help="epochs of each tuning (the paper's 200)", minimum=1)
+    test_rows: int = option(400, help="rows of each task that are classified", minimum=10)
     seed: int = option(1, help="seed of every random draw", minimum=0)
     device: str = option("auto", help="auto, cpu or cuda, for the training")
 
@@ -129,9 +132,11 @@ def _train(config: QuickstartConfig, files: Files) -> None:
         threshold=0.6, per_class=config.sentences, seed=config.seed,
     )  # fmt: skip
     _stage("label open text (4.1)", files.labelled, label, run_label)
-    cluster = ClusterConfig(data=str(files.labelled), out=str(files.clusters), seed=config.seed)
+    cluster = ClusterConfig(
+        data=str(files.labelled), out=str(files.clusters), k=config.clusters, seed=config.seed
+    )
     _stage("cluster it into tasks (4.2)", files.clusters, cluster, run_cluster)
-    common = {
+    common: dict[str, Any] = {
         "backbone": config.backbone, "mode": config.mode, "prompt_tokens": config.prompt_tokens,
         "seed": config.seed, "device": config.device, "max_tokens": 64,
     }  # fmt: skip
@@ -144,7 +149,12 @@ def _train(config: QuickstartConfig, files: Files) -> None:
         for start in STARTS:
             init = str(files.metapt) if start == "metapt" else "random"
             tune = TuneConfig(
-                task=task, init=init, out=str(files.prompt(task, start)), name=task, **common
+                task=task,
+                init=init,
+                out=str(files.prompt(task, start)),
+                name=task,
+                epochs=config.epochs,
+                **common,
             )
             title = f"tune {task} on 40 samples, from {start} (A.4)"
             _stage(title, files.prompt(task, start), tune, run_tune)
@@ -153,6 +163,9 @@ def _train(config: QuickstartConfig, files: Files) -> None:
 def _export(config: QuickstartConfig, files: Files) -> None:
     from exporter.export import export_bundle
     from trainer.backbone import load_backbone
+    from trainer.bonnet import write_bonnet
+    from trainer.embed import embed
+    from trainer.tables import iterate_rows
 
     prompts = [files.prompt(task, start) for task in TASKS for start in STARTS]
     newest = max((prompt / "task.json").stat().st_mtime for prompt in prompts)
@@ -165,7 +178,13 @@ def _export(config: QuickstartConfig, files: Files) -> None:
     names = [
         task if start == "metapt" else f"{task}-from-{start}" for task in TASKS for start in STARTS
     ]
-    export_bundle(prompts, load_backbone(config.backbone), files.bundle, names=names)
+    backbone = load_backbone(config.backbone)
+    export_bundle(prompts, backbone, files.bundle, names=names)
+    texts = [row["text"] for _, row in iterate_rows(files.clusters, ["text"])]
+    shown: dict[str, str | Path | Prompt] = {"MetaPT start": files.metapt}
+    shown |= dict(zip(names, prompts, strict=True))
+    # What the demo shows of how the bundle came about; the embeddings are `cluster`'s, cached.
+    write_bonnet(files.bundle, files.clusters, embed(texts, quiet=True), shown, backbone)
     log.info("   %.0f s", time.monotonic() - started)
 
 
