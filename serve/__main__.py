@@ -28,7 +28,7 @@ class ModelConfig:
     token_budget: int = option(
         4096, help="padded tokens of a batch; more takes memory and gains little", minimum=1
     )
-    max_rows: int = option(64, help="texts of a batch", minimum=1)
+    max_rows: int = option(32, help="texts of a batch", minimum=1)
     max_tokens: int | None = option(
         None, help="longest text with its template; longer ones are cut", minimum=1
     )

@@ -1,9 +1,12 @@
 """Continuous batching: texts that wait are merged, across requests and tasks, into one batch.
 
 A free worker takes the next batch as soon as the token budget is full or the oldest text has
-waited `max_wait`; while all workers are busy, texts gather by themselves. Every batch contains the
-oldest text, so none starves. The queue is bounded in texts, a request has a deadline, and the
-texts of a request that failed, expired or lost its client leave the queue at once.
+waited `max_wait`; while all workers are busy, texts gather by themselves. When requests come so
+rarely that none is to be expected within `max_wait`, a free worker does not wait at all.
+
+Every batch contains the oldest text, so none starves. The queue is bounded in texts, a request has
+a deadline, and the texts of a request that failed, expired or lost its client leave the queue at
+once.
 
 Everything here runs on the event loop's thread, except `run`, which gets a thread per worker.
 """
@@ -109,7 +112,7 @@ class Batcher:
         """Args:
         run: classifies one batch; called in a worker's thread.
         token_budget, max_rows, max_tasks: bounds of a batch, as in `serve.plan.plan`.
-        max_wait: seconds that the oldest text waits for others.
+        max_wait: seconds that the oldest text waits for others that are likely.
         max_queue: texts that may wait.
         deadline: seconds from `admit` to the answer.
         workers: batches that run at the same time.
@@ -125,6 +128,8 @@ class Batcher:
         self._numbers = itertools.count()
         self._open: set[Request] = set()
         self._rate = 0.0  # texts per second, a moving average
+        self._gap = 0.0  # seconds between two requests, a moving average
+        self._latest = 0.0
         self.waiting = 0
         self.running_since: dict[int, float] = {}
         self.draining = False
@@ -200,6 +205,9 @@ class Batcher:
         if request.future.done():  # it expired, or its client went, while it was tokenized
             return
         was_empty, now = not self._rows, perf_counter()
+        # Cut off, so that the pause between two bursts does not hide that they are bursts.
+        self._gap += 0.2 * (min(now - self._latest, 4 * self._max_wait) - self._gap)
+        self._latest = now
         for index, item in enumerate(encoded):
             number = next(self._numbers)
             self._rows[number] = _Row(item, request, index, now)
@@ -258,7 +266,8 @@ class Batcher:
                 continue
             oldest = next(iter(self._rows.values()))
             patience = oldest.arrived + self._max_wait - perf_counter()
-            if patience <= 0 or self.draining or self._full():
+            lonely = self._gap > self._max_wait
+            if patience <= 0 or lonely or self.draining or self._full():
                 return
             self._wake.clear()
             try:

@@ -70,7 +70,7 @@ class Classifier:
         threads: int | None = None,
         providers: Sequence[str] | None = None,
         token_budget: int = 4096,
-        max_rows: int = 64,
+        max_rows: int = 32,
         max_tokens: int | None = None,
         bank_memory: int = 512 * MIB,
         spin: bool = True,

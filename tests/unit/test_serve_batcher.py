@@ -86,6 +86,19 @@ def test_the_oldest_waits_max_wait_for_others() -> None:
     run(story, max_wait=0.5)
 
 
+def test_rare_requests_do_not_wait_for_company_that_will_not_come() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        for _ in range(8):  # it learns from the first few
+            await send(batcher, rows(3))
+            await asyncio.sleep(0.2)
+        send(batcher, rows(3))
+        for _ in range(3):  # the worker's turns; no time passes
+            await asyncio.sleep(0)
+        assert batcher.waiting == 0
+
+    run(story, max_wait=0.1)
+
+
 @pytest.mark.parametrize("count_and_length", [(4, 3), (2, 50)])
 def test_a_full_batch_does_not_wait(count_and_length: tuple[int, int]) -> None:
     async def story(batcher: Batcher, fake: FakeClassifier) -> None:

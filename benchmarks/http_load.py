@@ -1,0 +1,178 @@
+"""The HTTP server under concurrent clients, against the same classifier in process.
+
+    python -m benchmarks.http_load BUNDLE --threads 2 --seconds 10 --rounds 3
+
+1. Equal answers first: every text's probabilities over HTTP and in process, within 1e-3.
+2. Throughput, both sides in turn, `--rounds` times; the median of each counts. In process:
+   `Classifier.classify` over the texts in one call after another, its best case (length-sorted
+   batches). HTTP: `--clients` connections, one text a request, each sends when it has its answer.
+3. Latency at half load: requests arrive by chance at half of the measured HTTP throughput.
+4. A single client, one request after another.
+
+Client and server share the machine; the client's own CPU time is reported beside the figures. On a
+machine that does other work as well, CPU time per text tells more than texts per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.http_client import Sample, closed_loop, open_loop, prepare
+from serve.classifier import Classifier
+from serve.files import write_json
+
+WORDS = (
+    "the a film food room was is not very and but it this story service place good bad great slow "
+    "long dull nice never again would recommend everyone loved hated waiting hours friendly cold"
+).split()
+
+
+def make_texts(count: int, words: int, seed: int = 0) -> list[str]:
+    """Texts of about `words` words, half to one and a half times as long."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(max(1, words // 2), words + words // 2 + 1, size=count)
+    return [" ".join(rng.choice(WORDS, size=size)) for size in sizes]
+
+
+@contextmanager
+def server(bundle: str, flags: list[str]) -> Iterator[tuple[int, int]]:
+    """A server process; its port and process id."""
+    command = [sys.executable, "-m", "serve", "http", bundle, "--port", "0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        log = ""
+        for line in process.stderr:
+            log += line
+            if found := re.search(r"ready on http://127.0.0.1:(\d+)", line):
+                yield int(found[1]), process.pid
+                break
+        else:
+            raise SystemExit(log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_process(
+    classifier: Classifier, texts: list[str], task: str, seconds: float
+) -> tuple[float, float]:
+    """Texts per second, and CPU seconds per text."""
+    done, begun, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - begun < seconds:
+        classifier.classify(texts, task)
+        done += len(texts)
+    return done / (time.perf_counter() - begun), (time.process_time() - cpu) / done
+
+
+def worst_difference(sample: Sample, classifier: Classifier, texts: list[str], task: str) -> float:
+    """The largest difference of a probability over HTTP from the same in process."""
+    wanted = classifier.classify(texts, task)
+    worst = 0.0
+    for index, body in sample.bodies.items():
+        result = json.loads(body)["results"][0]
+        for label, value in wanted[index].probabilities.items():
+            worst = max(worst, abs(result["probabilities"][label] - value))
+    if len(sample.bodies) < len(texts) or worst > 1e-3:
+        raise SystemExit(f"answers differ: {len(sample.bodies)} texts, difference {worst}")
+    return worst
+
+
+def figures(sample: Sample) -> dict[str, Any]:
+    return {
+        "requests_per_second": round(len(sample.latencies) / sample.seconds, 1),
+        "p50_ms": round(sample.percentile(0.50), 2),
+        "p95_ms": round(sample.percentile(0.95), 2),
+        "p99_ms": round(sample.percentile(0.99), 2),
+        "statuses": sample.statuses,
+        "lost": sample.lost,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("bundle")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--words", type=int, default=18, help="words of a text, on average")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--flags", default="", help="further flags of the server")
+    parser.add_argument("--out", default="", help="JSON file for the figures")
+    args = parser.parse_args()
+
+    texts = make_texts(512, args.words)
+    classifier = Classifier(args.bundle, args.precision, threads=args.threads)
+    task = next(iter(classifier.tasks))
+    requests = prepare("/classify", [{"text": text, "task": task} for text in texts])
+    encoded = classifier.encoder.encode(texts, [classifier.tasks[task]] * len(texts))
+    report: dict[str, Any] = {
+        "bundle": Path(args.bundle).name,
+        "precision": args.precision,
+        "threads": args.threads,
+        "clients": args.clients,
+        "mean_tokens": round(statistics.mean(len(item.ids) for item in encoded), 1),
+    }
+    flags = ["--threads", str(args.threads), "--precision", args.precision, *args.flags.split()]
+    with server(args.bundle, flags) as (port, pid):
+        # Texts are sent in order, so that 512 answers cover them all, however slow the model.
+        probe = Sample()
+        while len(probe.bodies) < len(texts):
+            probe = asyncio.run(
+                closed_loop(port, requests, args.clients, max(args.seconds, probe.seconds * 2))
+            )
+        report["worst_difference"] = worst_difference(probe, classifier, texts, task)
+        local: list[float] = []
+        local_cpu: list[float] = []
+        remote: list[Sample] = []
+        client_cpu = server_cpu = 0.0
+        for _ in range(args.rounds):
+            rate, cpu = in_process(classifier, texts, task, args.seconds)
+            local.append(rate)
+            local_cpu.append(cpu)
+            before, own = cpu_seconds(pid), time.process_time()
+            remote.append(asyncio.run(closed_loop(port, requests, args.clients, args.seconds)))
+            server_cpu += cpu_seconds(pid) - before
+            client_cpu += time.process_time() - own
+        answered = sum(len(sample.latencies) for sample in remote)
+        rates = [len(sample.latencies) / sample.seconds for sample in remote]
+        report["in_process_texts_per_second"] = round(statistics.median(local), 1)
+        report["http_texts_per_second"] = round(statistics.median(rates), 1)
+        report["share"] = round(statistics.median(rates) / statistics.median(local), 3)
+        report["rounds"] = [[round(a, 1), round(b, 1)] for a, b in zip(local, rates, strict=True)]
+        report["in_process_cpu_ms_per_text"] = round(1000 * statistics.median(local_cpu), 3)
+        report["server_cpu_ms_per_request"] = round(1000 * server_cpu / answered, 3)
+        report["client_cpu_ms_per_request"] = round(1000 * client_cpu / answered, 3)
+        report["full_load"] = figures(remote[-1])
+        half = statistics.median(rates) / 2
+        report["half_load"] = figures(asyncio.run(open_loop(port, requests, half, args.seconds)))
+        report["one_client"] = figures(asyncio.run(closed_loop(port, requests, 1, args.seconds)))
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    if args.out:
+        write_json(args.out, report)
+
+
+if __name__ == "__main__":
+    main()
