@@ -7,6 +7,7 @@ themselves are what it compares with.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("kmeans", "lda", "random", "label")
 _MINIBATCH_ABOVE = 50_000  # texts; full K-means takes minutes from here on
+_HELD_OUT = 0.1  # share of a cluster that `meta` keeps for validation
 _STARTS = 4  # K-means is run from so many starts and the tightest result kept
 _VOCABULARY = 20_000  # words that LDA sees at most
 _LDA_PASSES = 10  # over all texts; the topics of short texts settle within a few
@@ -57,7 +59,9 @@ class ClusterConfig:
     text_column: str = option("text", help="column of the texts")
     label_column: str = option("label", help="column of the labels")
     samples: int = option(
-        4, help="M: a task draws M + M samples, so a smaller cluster is of no use (A.3)", minimum=1
+        4,
+        minimum=1,
+        help="M: a task draws M + M samples beside what is held out for validation (A.3)",
     )
     small: str = option(
         "merge", choices=("merge", "drop"), help="what becomes of clusters that are too small"
@@ -88,7 +92,8 @@ def run_cluster(config: ClusterConfig) -> None:
         _check_k(len(examples), config.k)
         vectors = embed(examples.texts, config.encoder, cache=config.cache)
     clusters = assign(examples, config.method, config.k, config.seed, vectors)
-    clusters, notes = repair(clusters, 2 * config.samples, config.small, vectors)
+    least = math.ceil(2 * config.samples / (1 - _HELD_OUT))
+    clusters, notes = repair(clusters, least, config.small, vectors)
     for note in notes:
         logger.warning("%s", note)
     _write(examples, clusters, Path(config.out))
@@ -187,7 +192,7 @@ def repair(
 
     Args:
         clusters: [N] cluster numbers.
-        least: texts that a cluster must have, M + M.
+        least: texts that a cluster must have.
         small: "merge" joins a small cluster to the one with the nearest centre, or to the largest
             without vectors; "drop" marks its texts with -1.
         vectors: [N, D], or None.
@@ -205,14 +210,14 @@ def repair(
     large = [int(name) for name in names[sizes >= least]]
     if len(large) < 2:
         raise UserError(
-            f"{len(large)} of {len(names)} clusters have the {least} texts that a task draws: pass "
+            f"{len(large)} of {len(names)} clusters have the {least} texts that a task needs: pass "
             "more texts, a smaller --k, or fewer --samples"
         )
     notes = []
     biggest = int(names[sizes.argmax()])
     for name in little:
         rows = np.flatnonzero(clusters == name)
-        what = f"cluster {name} has {len(rows)} texts, fewer than the {least} that a task draws"
+        what = f"cluster {name} has {len(rows)} texts, but a task needs {least}"
         if small == "drop":
             clusters[rows] = -1
             notes.append(f"{what}: left out")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from serve.errors import UserError
+from trainer.labels import class_codes, find_labels
 from trainer.tables import Row, check_file, iterate_rows
 from trainer.tasks import Hub, Task, format_columns, get_task, readable_aspect
 
@@ -21,9 +22,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _TRIES = 100  # draws of 40 before a class is called missing
-_INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class beside a gap
 _MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
-_MOST_CLASSES = 200  # more distinct values than this are no class column
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def load_examples(
         path: the file.
         text_column: the column of texts, or a format over several ("{aspect}: {text}").
         label_column: the column of class indices from 0, or of class names (matched without case).
-        labels: the C class names; None takes those in the file (sorted), or "0", "1", ... for
-            indices.
+        labels: the C class names; None finds them in the file, see `trainer.labels.find_labels`.
         split: "train", "validation" or "test": the rows for that purpose, see `choose_split`;
             None takes all rows.
         drop: class names whose rows are left out; written as indices, those that follow `labels`.
@@ -105,8 +103,8 @@ def load_examples(
     values = [row[label_column] for _, row in rows]
     places = [f"{path}, {place}" for place, _ in rows]
     if labels is None:
-        labels = _find_labels(values, places, label_column)
-    codes = _codes(values, places, labels, drop)
+        labels = find_labels(values, places, label_column)
+    codes = class_codes(values, places, labels, drop)
     keep = codes >= 0
     kept = np.flatnonzero(keep)
     examples = Examples([texts[i] for i in kept], codes[keep], tuple(labels), str(path))
@@ -131,71 +129,6 @@ def _text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str
     if not text:
         raise UserError(f"{place}: '{columns[-1]}' is empty: fill it in, or remove the row")
     return text
-
-
-def _as_index(value: Any) -> int | None:
-    """A class index written as an int, an integral float, or either as text; else None."""
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and _INDEX.fullmatch(value.strip()):
-        return int(value.strip().partition(".")[0])
-    return None
-
-
-def _find_labels(values: Sequence[Any], places: Sequence[str], column: str) -> list[str]:
-    indices = [_as_index(value) for value in values]
-    numbers = [index for index in indices if index is not None]
-    if len(numbers) == len(values):
-        if min(numbers) < 0 or max(numbers) >= _MOST_CLASSES:
-            at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
-            raise UserError(
-                f"{places[at]}: label {values[at]!r} is no class index: class indices count from "
-                "0; pass --labels, or another --label-column"
-            )
-        return [str(index) for index in range(max(numbers) + 1)]
-    for value, place in zip(values, places, strict=True):
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(
-                f"{place}: label {value!r} is neither a class name nor a class index: correct the "
-                "row, or pass another --label-column"
-            )
-    names = sorted({value.strip() for value in values})
-    if len(names) > _MOST_CLASSES:
-        raise UserError(
-            f"column '{column}' has {len(names)} different values: that is no column of classes; "
-            "pass another --label-column"
-        )
-    return names
-
-
-def _codes(
-    values: Sequence[Any], places: Sequence[str], labels: Sequence[str], drop: Sequence[str]
-) -> np.ndarray:
-    """[N] class indices; -1 where the row is to be left out."""
-    known = {name.strip().casefold(): index for index, name in enumerate(labels)}
-    left_out = {name.casefold() for name in drop}
-    classes = len(labels)
-    codes = np.empty(len(values), dtype=np.int64)
-    for position, (value, place) in enumerate(zip(values, places, strict=True)):
-        name = value.strip().casefold() if isinstance(value, str) else None
-        index = known.get(name) if name is not None else None
-        if index is None:
-            index = _as_index(value)
-        if name in left_out or (index is not None and classes <= index < classes + len(drop)):
-            codes[position] = -1
-            continue
-        if index is None or not 0 <= index < classes:
-            hint = " (indices count from 0)" if index == classes else ""
-            raise UserError(
-                f"{place}: label {value!r} is not one of {', '.join(labels)}, nor an index from 0 "
-                f"to {classes - 1}{hint}: correct the row, or pass --labels"
-            )
-        codes[position] = index
-    return codes
 
 
 def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Examples:
@@ -310,7 +243,7 @@ def _from_hub(task: Task, rows: Sequence[Mapping[str, Any]], split: str | None) 
         _text(dict(row), columns, source.text_format, place)
         for row, place in zip(rows, places, strict=True)
     ]
-    codes = _codes([row[source.label_column] for row in rows], places, task.labels, task.drop)
+    codes = class_codes([row[source.label_column] for row in rows], places, task.labels, task.drop)
     kept = np.flatnonzero(codes >= 0)
     examples = Examples([texts[i] for i in kept], codes[kept], task.labels, source.id)
     if split is None or split in source.splits:  # then only its rows were loaded

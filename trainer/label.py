@@ -62,6 +62,7 @@ class LabelConfig:
     )  # fmt: skip
     text_column: str | None = option(None, help="column of the labelled texts")
     label_column: str = option("label", help="column of the labels")
+    labels: list[str] = option([], help="names of the classes of --data, in their order")
     labelled: bool = option(False, help="write the labelled set itself; no corpus is read")
     corpus_column: str = option("text", help="text column of CSV, JSONL and Parquet corpora")
     units: str = option(
@@ -144,6 +145,8 @@ def _check(config: LabelConfig) -> None:
         raise UserError("--labelled reads no --corpus: pass one of the two")
     if not config.corpus and not config.labelled:
         raise UserError("--corpus is missing: pass files to annotate, or --labelled")
+    if config.labels and (config.data is None or config.task is not None):
+        raise UserError("--labels names the classes of --data: pass --data, and no --task")
     if config.min_words > config.max_words:
         raise UserError(f"--min-words {config.min_words} is above --max-words {config.max_words}")
     if Path(config.out).suffix != ".parquet":
@@ -156,7 +159,7 @@ def _labelled(config: LabelConfig, split: str | None) -> Examples:
     """The labelled set's rows; a file without --task brings its own classes."""
     if config.data is not None and config.task is None:
         column = config.text_column or "text"
-        return load_examples(config.data, column, config.label_column, split=split)
+        return load_examples(config.data, column, config.label_column, config.labels or None, split)
     return load_task(
         config.task or _DEFAULT_TASK, split, data=config.data, data_dir=config.data_dir,
         text_column=config.text_column, label_column=config.label_column,

@@ -91,9 +91,7 @@ def test_a_small_cluster_joins_the_nearest_one() -> None:
     vectors = np.array([[0.0, 1.0]] * 8 + [[1.0, 0.0]] * 9 + [[0.1, 0.9]] * 3, np.float32)
     found, notes = repair(clusters, 8, "merge", vectors)
     assert found.tolist() == [0] * 8 + [1] * 9 + [0] * 3
-    assert notes == [
-        "cluster 2 has 3 texts, fewer than the 8 that a task draws: joined to cluster 0"
-    ]
+    assert notes == ["cluster 2 has 3 texts, but a task needs 8: joined to cluster 0"]
 
 
 def test_without_vectors_it_joins_the_largest() -> None:
@@ -104,7 +102,7 @@ def test_without_vectors_it_joins_the_largest() -> None:
 def test_small_clusters_can_be_dropped() -> None:
     found, notes = repair(np.array([0] * 8 + [1] * 3 + [5] * 8), 8, "drop")
     assert found.tolist() == [0] * 8 + [-1] * 3 + [1] * 8
-    assert notes == ["cluster 1 has 3 texts, fewer than the 8 that a task draws: left out"]
+    assert notes == ["cluster 1 has 3 texts, but a task needs 8: left out"]
 
 
 def test_large_enough_clusters_are_left_alone() -> None:
@@ -169,7 +167,7 @@ def test_a_limit_draws_by_seed(data: Path, tmp_path: Path) -> None:
     [
         (["--k", "1"], "--k must be at least 2"),
         (["--k", "500"], "--k 500 clusters cannot be made of 120 texts"),
-        (["--k", "100"], "0 of 100 clusters have the 8 texts|clusters have the 8 texts"),
+        (["--k", "100"], "[01] of 100 clusters have the 9 texts"),
         (["--method", "dbscan"], "--method takes one of kmeans, lda, random, label"),
         (["--out", "x.csv"], "must end in .parquet"),
         (["--text-column", "body"], "has no column 'body': it has text, label"),

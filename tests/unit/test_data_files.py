@@ -74,6 +74,22 @@ def test_names_are_found_and_sorted(tmp_path: Path) -> None:
     assert (found.names, found.labels.tolist()) == (("glad", "sad"), [1, 0, 1])
 
 
+def test_names_that_form_a_scale_keep_its_order(tmp_path: Path) -> None:
+    names = ["very positive", "Negative", "neutral", "very negative", "positive"]
+    found = load_examples(write(tmp_path / "a.csv", [(name, name) for name in names]))
+    assert found.names == ("very negative", "Negative", "neutral", "positive", "very positive")
+    assert found.labels.tolist() == [4, 1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_stars_count_from_one(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", [("x", 3), ("y", 1), ("z", 2)])
+    found = load_examples(path)
+    assert (found.names, found.labels.tolist()) == (("1", "2", "3"), [2, 0, 1])
+    named = load_examples(path, labels=("1", "2", "3"))
+    assert named.labels.tolist() == [2, 0, 1]
+
+
 def test_integral_floats_are_indices(tmp_path: Path) -> None:
     # pandas writes them so when a column once held a missing value
     for name, rows in (

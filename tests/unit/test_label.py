@@ -262,6 +262,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         (["--corpus"], "--corpus"),
         (["--labelled"], "--labelled reads no --corpus"),
         (["--min-words", "9", "--max-words", "3"], "--min-words 9 is above --max-words 3"),
+        (["--labels", "good", "bad", "--task", "sst2"], "--labels names the classes of --data"),
+        (["--labels", "fine", "poor"], "label '(good|bad)' is not one of fine, poor"),
         (["--out", "result.csv"], "the name must end in .parquet"),
         (["--threshold", "1.5"], "--threshold must be at most 1"),
         (["--threshold", "1"], "no sentence of class .* lower --threshold"),
