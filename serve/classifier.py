@@ -124,6 +124,10 @@ class Classifier:
             first_slots=max(1, len(self.tasks)),
         )
         self.max_tasks = self.bank.capacity  # of one batch
+        log.info(
+            "bank: %.2f MiB for each task, %d tasks fit",
+            self.bank.slot_bytes / MIB, self.bank.capacity,
+        )  # fmt: skip
 
     # ---- tasks -------------------------------------------------------------------------------
 
