@@ -1,0 +1,60 @@
+"""Sentences, and keeping held-out ones out."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.pretraining.recipe import load_recipe
+from trainer.pretraining.shards import labelled_rows
+from trainer.pretraining.texts import HeldOut, normalise, pick, sentences
+
+REVIEW = ("I went there on a Monday. The soup was cold and thin! "
+          "Nobody said sorry. We will never, ever come back again.")  # fmt: skip
+
+
+def test_sentences() -> None:
+    assert sentences("One is here. Two (is) here! \"Three?\" Four\nFive goes on") == [
+        "One is here.", "Two (is) here!", '"Three?', "Four", "Five goes on",
+    ]  # fmt: skip
+    assert sentences("It cost 3.50 in all, e.g. soup.") == ["It cost 3.50 in all, e.g. soup."]
+
+
+def test_held_out_ignores_case_and_marks() -> None:
+    held = HeldOut(["The soup was COLD , and thin .", "Great!"])
+    assert "the soup was cold and thin" in held
+    assert "The soup was cold." not in held
+    assert "Great!" not in held  # too short to say anything
+    assert normalise("It's 5 o'clock") == "its5oclock"
+
+
+def test_held_out_sentences_of_documents() -> None:
+    held = HeldOut([REVIEW])
+    assert "The soup was cold and thin!" in held
+
+
+def test_labelled_rows_leave_held_out_sentences_out(tmp_path: Path) -> None:
+    long = " ".join([REVIEW, REVIEW.replace("soup", "fish")])
+    pq.write_table(pa.table({"text": [long], "label": [0]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["the fish was cold and thin !"]}), tmp_path / "h.parquet")
+    (tmp_path / "recipe.toml").write_text(
+        'held_out = ["h.parquet"]\n[[labelled]]\nname = "a"\nfile = "a.parquet"\nsplit = true\n'
+        'columns = { polarity = ["label", { 0 = 0, 1 = 1 }] }\n'
+    )
+    recipe = load_recipe(tmp_path / "recipe.toml", tmp_path)
+    held = HeldOut.read(recipe.held_out)
+    found: set[str] = set()
+    for seed in range(20):
+        rows = list(labelled_rows(recipe.labelled[0], held, np.random.default_rng(seed)))
+        assert all(classes == {"polarity": 0} for _, classes, _, _ in rows)
+        found |= {text for text, *_ in rows}
+    assert "The soup was cold and thin!" in found
+    assert "The fish was cold and thin!" not in found
+
+
+def test_pick_keeps_the_edges() -> None:
+    texts = [text for text, edge in pick(REVIEW, np.random.default_rng(0), middle=0) if edge]
+    assert len(texts) == 3
+    assert texts[0].startswith("I went there")
+    assert texts[-1] == "We will never, ever come back again."

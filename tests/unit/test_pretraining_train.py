@@ -1,0 +1,166 @@
+"""The loop on a tiny model: resume, processes, the mixture's batches, and the silent prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from trainer.pretraining.losses import Auxiliary, batch_loss
+from trainer.pretraining.mixture import Mixture
+from trainer.pretraining.model import new_model, save_backbone
+from trainer.pretraining.recipe import COLUMNS
+from trainer.pretraining.shards import Pool
+from trainer.pretraining.train import LATER, Schedule, initial_prompts, train
+from trainer.pretraining.vocabulary import build_tokenizer, train_pieces
+from trainer.pretraining.wordings import HELD_OUT, QUESTIONS, label_words
+from trainer.t5 import FrozenT5
+
+SHARES = {k: v for k, v in LATER.items() if k != "distil"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer(train_pieces(["the film was great"] * 9, 330, label_words()))
+
+
+def pools(size: int = 120) -> dict[str, Pool]:
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("reviews", "windows"):
+        lengths = rng.integers(6, 50, size)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = rng.integers(110, 300, offsets[-1]).astype(np.uint16)
+        columns = {c: np.full(size, -1, np.int8) for c in COLUMNS}
+        if name == "reviews":
+            columns["polarity"] = rng.integers(0, 2, size).astype(np.int8)
+            columns["tone"] = rng.integers(0, 3, size).astype(np.int8)
+            columns["star"] = rng.integers(0, 5, size).astype(np.int8)
+        found[name] = Pool(name, tokens, offsets, columns)
+    return found
+
+
+def setting(tokenizer: Tokenizer) -> tuple[FrozenT5, Auxiliary, Mixture]:
+    mixture = Mixture(pools(), tokenizer, 200, seed=3)
+    model = new_model(tokenizer.get_vocab_size(), width=32, layers=2, decoder_layers=1, heads=4,
+                      feed_forward=64, deviation=0.05, seed=0)  # fmt: skip
+    words = sorted({mixture.asker.ids(w)[0] for w in label_words()})
+    prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight, 100, 0)
+    return (FrozenT5(model, trainable=True), Auxiliary(prompts, 32, torch.tensor(words)), mixture)
+
+
+SCHEDULE = Schedule(rate=1e-3, steps=8, warmup=2, fresh_warmup=2)
+
+
+def run(tokenizer: Tokenizer, folder: Path, workers: int, stops: list[int | None]
+        ) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Train with an interruption after each number of `stops`; fresh objects every time."""
+    folder.mkdir()
+    for number, stop in enumerate(stops):
+        t5, auxiliary, mixture = setting(tokenizer)
+        train(t5, auxiliary, mixture, None, SCHEDULE, folder, resume=number > 0, workers=workers,
+              stop_after=stop)  # fmt: skip
+    return {**t5.model.state_dict(), **auxiliary.state_dict()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_equals_uninterrupted_run(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = run(tokenizer, tmp_path / "a", 1, [None])
+    parts = run(tokenizer, tmp_path / "b", 1, [3, 5, None])
+    fewer = run(tokenizer, tmp_path / "c", 1, [5])
+    assert same(whole, parts)
+    assert not same(whole, fewer)
+
+
+def test_gradient_of_processes_is_the_mean_of_their_batches(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from trainer.pretraining.parallel import Workers
+
+    def gradient(workers: int, steps: list[int]) -> torch.Tensor:
+        t5, auxiliary, mixture = setting(tokenizer)
+
+        def compute(rank: int, step: int, done: float) -> list[float]:
+            batch = mixture.batch(step * workers + rank, SHARES)
+            batch_loss(t5, auxiliary, batch, None, 0.5, 0.0).loss.backward()
+            return [0.0] * 5
+
+        team = Workers([t5.model, auxiliary], compute, workers)
+        rows = []
+        for step in steps:
+            team.step(step, 0.0)
+            rows.append(team.gradients[0].clone())
+        team.close()
+        return torch.stack(rows).mean(0)
+
+    torch.testing.assert_close(gradient(2, [4]), gradient(1, [8, 9]), atol=1e-6, rtol=1e-4)
+
+
+def test_batches_are_a_function_of_seed_and_step(tokenizer: Tokenizer) -> None:
+    *_, first = setting(tokenizer)
+    *_, second = setting(tokenizer)
+    kinds = set()
+    for step in range(60):
+        a, b = first.batch(step, SHARES), second.batch(step, SHARES)
+        assert a.kind == b.kind and torch.equal(a.ids, b.ids)
+        kinds.add(a.kind)
+    assert kinds == set(SHARES)
+
+
+def test_answers_belong_to_their_classes(tokenizer: Tokenizer) -> None:
+    *_, mixture = setting(tokenizer)
+    for step in range(40):
+        batch = mixture.batch(step, {"words": 0.5, "prefix": 0.5})
+        assert batch.words is not None and batch.classes is not None
+        own = batch.words.gather(1, batch.classes[:, None])[:, 0]
+        assert torch.equal(own, batch.answers)
+        assert (batch.ids == 3).sum(1).tolist() == [1] * len(batch.ids)  # one <extra_id_0> a row
+
+
+def test_held_out_wordings_are_never_asked(tokenizer: Tokenizer) -> None:
+    trained = {w for q in QUESTIONS for w, _ in q.fixed} | {w for q in QUESTIONS for w in q.listing}
+    assert len(HELD_OUT) >= 3
+    assert not trained & {w for w, _ in HELD_OUT}
+
+
+def test_silent_prompts_do_not_touch_the_bank(tokenizer: Tokenizer) -> None:
+    t5, auxiliary, mixture = setting(tokenizer)
+    batch = next(b for b in (mixture.batch(s, {"prefix": 1.0}) for s in range(99))
+                 if (b.tasks < 0).any() and (b.tasks >= 0).any())  # fmt: skip
+    batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).loss.backward()
+    touched = set(auxiliary.prompts.grad.abs().sum((1, 2)).nonzero()[:, 0].tolist())
+    assert touched == set(batch.tasks[batch.tasks >= 0].tolist())
+
+
+def test_loss_of_a_restricted_row_is_the_softmax_over_its_words(tokenizer: Tokenizer) -> None:
+    t5, auxiliary, mixture = setting(tokenizer)
+    batch = mixture.batch(0, {"words": 1.0})
+    batch.restricted = torch.ones(len(batch.ids), dtype=torch.bool)
+    with torch.no_grad():
+        found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
+        start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
+        logits = t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                          decoder_input_ids=start).logits[:, -1]  # fmt: skip
+    plain = []
+    for row, words, c in zip(logits, batch.words, batch.classes, strict=True):
+        own = torch.tensor([row[w] for w in words if w >= 0])
+        plain.append(float(-own.log_softmax(0)[c]))
+    assert found == pytest.approx(np.mean(plain), rel=1e-4)
+
+
+def test_saved_folder_is_an_ordinary_t5(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    t5, *_ = setting(tokenizer)
+    save_backbone(t5.model, tokenizer, tmp_path / "mini")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mini", dtype=torch.float32)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "mini")
+    inputs = loaded("the film It was <extra_id_0>.", return_tensors="pt")
+    with torch.no_grad():
+        ours = t5.model(**inputs, decoder_input_ids=torch.tensor([[0, 3]])).logits
+        theirs = model(**inputs, decoder_input_ids=torch.tensor([[0, 3]])).logits
+    torch.testing.assert_close(theirs, ours, atol=5e-3, rtol=5e-3)  # stored in 16 bits

@@ -1,0 +1,1 @@
+"""Pre-training of the compact T5 `mini`: `python -m trainer backbone`."""

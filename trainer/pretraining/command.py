@@ -1,0 +1,251 @@
+"""`python -m trainer backbone`: text and labelled sets in, a T5 folder out."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import T5ForConditionalGeneration
+
+from serve.cli import as_json, option
+from serve.errors import UserError
+from serve.files import write_json
+from trainer.pretraining.convert import convert
+from trainer.pretraining.evaluate import Probe, read_probes, track
+from trainer.pretraining.losses import Auxiliary
+from trainer.pretraining.mixture import Mixture, SoftTask, pad
+from trainer.pretraining.model import new_model, save_backbone
+from trainer.pretraining.recipe import Plain, Recipe, load_recipe
+from trainer.pretraining.shards import Pool, load_pools, prepare, read_rows
+from trainer.pretraining.state import Progress
+from trainer.pretraining.teacher import Teacher, load_teacher
+from trainer.pretraining.train import Schedule, initial_prompts, train
+from trainer.pretraining.vocabulary import (
+    SENTINELS,
+    SPECIAL,
+    build_tokenizer,
+    check_single_pieces,
+    choose_pieces,
+    load_tokenizer,
+    save_tokenizer,
+    train_pieces,
+)
+from trainer.pretraining.wordings import label_words
+from trainer.t5 import FrozenT5
+
+logger = logging.getLogger(__name__)
+RECIPE = Path(__file__).with_name("recipe.toml")
+PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
+SHIPPED = 20  # of which so many are shipped as starting points
+
+
+@dataclass
+class BackboneConfig:
+    """Pre-train a compact T5 that obeys soft prompts.
+
+    Three steps, each skipped when its result is there: tokenised shards are written to --shards,
+    a model is made (converted from --teacher, or fresh), and trained with checkpoints in --out's
+    sibling folder `OUT.run` until --steps or --minutes are used up.
+    """
+
+    out: str = option(help="folder of the finished model")
+    data_dir: str = option("data", help="folder that the recipe's file names are relative to")
+    labelled: str = option(
+        str(RECIPE), help="recipe file: labelled sets, plain text, held-out sets"
+    )
+    text: list[str] = option([], help="further plain text: .parquet (column `text`) or .txt files")
+    shards: str = option("shards", help="folder of the tokenised shards")
+    teacher: str = option("none", help="folder of a BERT sentence encoder to start from, or `none`")
+    prepare: bool = option(False, help="write the shards and stop")
+    resume: bool = option(False, help="go on from the last checkpoint of the same --out")
+    steps: int = option(0, help="length of the run in batches; 0: by --minutes", minimum=0)
+    minutes: float = option(80.0, help="length of the run in minutes of training", minimum=0.0)
+    vocab_size: int = option(17000, help="pieces, special tokens and sentinels included",
+                             minimum=400, maximum=65000)  # fmt: skip
+    width: int = option(384, help="d_model; that of the teacher where there is one", minimum=8)
+    layers: int = option(6, help="encoder layers", minimum=1)
+    decoder_layers: int = option(1, help="decoder layers; two positions need few", minimum=1)
+    heads: int = option(12, help="attention heads", minimum=1)
+    feed_forward: int = option(1536, help="d_ff", minimum=8)
+    batch_tokens: int = option(1300, help="text tokens in a worker's batch", minimum=64)
+    rate: float = option(2e-4, help="AdamW's peak rate for encoder and embeddings; 1e-3 if fresh",
+                         minimum=0.0)  # fmt: skip
+    seed: int = option(1, help="of initialisation and data order")
+    workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
+                          "1 on a GPU", minimum=1)  # fmt: skip
+    checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)
+    probes: list[str] = option([], help="held-out sets (file names without .parquet in --data-dir) "
+                               "whose accuracy is logged every ten minutes")  # fmt: skip
+    card: str = option("", help="README.md to put into the folder")
+
+    examples = [
+        "--data-dir data --shards shards --teacher minilm --prepare --out mini",
+        "--shards shards --teacher minilm --minutes 80 --out mini",
+    ]
+
+
+def run_backbone(config: BackboneConfig) -> None:
+    """Prepare, convert, train, save; see `BackboneConfig`."""
+    shards, out = Path(config.shards), Path(config.out)
+    if config.prepare or not (shards / "pools.json").is_file():
+        _prepare(config, shards)
+        if config.prepare:
+            return
+    tokenizer = load_tokenizer(shards)
+    pools = load_pools(shards)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = None if config.teacher == "none" else load_teacher(Path(config.teacher), tokenizer)
+    mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed)
+    run = out.with_name(out.name + ".run")
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / "state.safetensors").exists() and not config.resume:
+        raise UserError(f"{run} holds a checkpoint: pass --resume, or remove it to start afresh")
+    model = start_model(config, tokenizer, teacher, pools, converted=not config.resume)
+    words = sorted({mixture.asker.ids(word)[0] for word in label_words()})
+    prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight,
+                              PROMPT_TOKENS, config.seed)  # fmt: skip
+    auxiliary = Auxiliary(prompts, model.config.d_model, torch.tensor(words)).to(device)
+    model.to(device)  # type: ignore[arg-type]
+    t5 = FrozenT5(model, trainable=True)
+    schedule = Schedule(rate=config.rate, steps=config.steps or None,
+                        minutes=None if config.steps else config.minutes)  # fmt: skip
+    if teacher is None:
+        schedule = replace(schedule, fresh=1.0)  # nothing is converted, so nothing is spared
+    else:
+        teacher.to(device)
+    probes = read_probes(Path(config.data_dir), config.probes) if config.probes else []
+    write_json(run / "run.json", {"command": "backbone", "config": as_json(config)})
+    _train(config, t5, auxiliary, mixture, teacher, schedule, run, probes)
+    save_backbone(model.float(), tokenizer, out, _card(config))
+    save_prompts(mixture.tasks, auxiliary.prompts.detach().cpu(), out / "soft_prompts.safetensors")
+
+
+def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture,
+           teacher: Teacher | None, schedule: Schedule, run: Path, probes: list[Probe]
+           ) -> None:  # fmt: skip
+    workers = config.workers if t5.model.device.type == "cpu" else 1
+    if workers > 1:
+        torch.set_num_threads(1)
+    with tqdm(total=1.0, desc="backbone", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
+              mininterval=1.0) as bar:  # fmt: skip
+
+        def report(progress: Progress, averages: dict[str, float]) -> None:
+            done = schedule.done(progress)
+            left = progress.seconds * (1 - done) / max(done, 1e-6)
+            losses = [v for k, v in averages.items() if k.endswith(".answer")]
+            bar.n = done
+            bar.set_postfix_str(
+                f"step {progress.step} loss {sum(losses) / max(len(losses), 1):.3f} "
+                f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s "
+                f"{left / 60:.0f} min left"
+            )
+
+        def watch(progress: Progress) -> None:
+            track(t5, mixture.asker, probes, progress.step, run / "accuracy.jsonl")
+
+        train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
+              checkpoint_seconds=config.checkpoint_seconds, report=report,
+              track=watch if probes else None, workers=workers)  # fmt: skip
+
+
+def start_model(
+    config: BackboneConfig,
+    tokenizer: Tokenizer,
+    teacher: Teacher | None,
+    pools: dict[str, Pool],
+    *,
+    converted: bool,
+) -> T5ForConditionalGeneration:
+    """A fresh model, its encoder converted from the teacher where there is one.
+
+    Raises UserError if the geometry is not the teacher's.
+    """
+    deviation = 0.05 if teacher is None else 0.25
+    model = new_model(tokenizer.get_vocab_size(), width=config.width, layers=config.layers,
+                      decoder_layers=config.decoder_layers, heads=config.heads,
+                      feed_forward=config.feed_forward, deviation=deviation,
+                      seed=config.seed)  # fmt: skip
+    if teacher is None:
+        return model
+    theirs = teacher.bert.config
+    for flag, own, other in (
+        ("--width", config.width, theirs.hidden_size),
+        ("--layers", config.layers, theirs.num_hidden_layers),
+        ("--heads", config.heads, theirs.num_attention_heads),
+        ("--feed-forward", config.feed_forward, theirs.intermediate_size),
+    ):
+        if own != other:
+            raise UserError(f"{flag} is {own}, but the teacher has {other}: pass {flag} {other}")
+    if converted:
+        convert(model, teacher, sample_batches(pools, 3000, config.seed))
+    return model
+
+
+def sample_batches(pools: dict[str, Pool], count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """`count` texts from all pools, ending in </s>, in (ids, mask) [40, S] batches by length."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for pool in pools.values():
+        chosen = rng.permutation(len(pool))[: count // len(pools) + 1]
+        rows += [[*pool.text(int(i)).tolist(), 1] for i in chosen]
+    rows.sort(key=len)
+    padded = [pad(rows[i : i + 40]) for i in range(0, len(rows), 40)]
+    return [(ids, mask.long()) for ids, mask in padded]
+
+
+def save_prompts(tasks: list[SoftTask], prompts: Tensor, path: Path) -> None:
+    """The learned soft prompts as starting points: "question: words" -> [20, D], fp16."""
+    save_file({f"{t.question.name}: {' '.join(t.names)}": prompts[t.index, :SHIPPED].half().clone()
+               for t in tasks}, path)  # fmt: skip
+
+
+def _card(config: BackboneConfig) -> dict[str, str]:
+    return {"README.md": Path(config.card).read_text("utf-8")} if config.card else {}
+
+
+def _prepare(config: BackboneConfig, shards: Path) -> None:
+    recipe = load_recipe(Path(config.labelled), Path(config.data_dir))
+    further = [Plain(_as_parquet(Path(name), shards), 10**9) for name in config.text]
+    recipe = replace(recipe, plain=[*recipe.plain, *further])
+    size = config.vocab_size - len(SPECIAL) - len(SENTINELS)
+    shards.mkdir(parents=True, exist_ok=True)
+    if config.teacher == "none":
+        pieces = train_pieces(_texts(recipe), size, label_words())
+    else:
+        theirs = Tokenizer.from_file(str(Path(config.teacher) / "tokenizer.json"))
+        theirs.no_truncation()
+        theirs.no_padding()
+        pieces = choose_pieces(_texts(recipe), theirs, size, label_words())
+    tokenizer = build_tokenizer(pieces)
+    check_single_pieces(tokenizer, label_words())
+    save_tokenizer(tokenizer, shards)
+    prepare(recipe, tokenizer, shards, config.seed)
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for entry in recipe.labelled:
+        yield from (row["text"] for row in read_rows(entry.file, 12000))
+    for plain in recipe.plain:
+        yield from (row["text"] for row in read_rows(plain.file, min(plain.documents, 2500)))
+
+
+def _as_parquet(path: Path, folder: Path) -> Path:
+    """A .txt file as Parquet, one document per block of lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"{path}, given by --text, does not exist: correct the path")
+    if path.suffix == ".parquet":
+        return path
+    blocks = [b.strip() for b in path.read_text("utf-8").split("\n\n") if b.strip()]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{path.stem}.parquet"
+    pq.write_table(pa.table({"text": blocks}), target)
+    return target

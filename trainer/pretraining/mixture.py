@@ -1,0 +1,319 @@
+"""The training mixture: batch `step` is a function of (seed, step), so a run resumes exactly.
+
+Kinds of batch:
+  words   a question asked in words around the text, another wording in every row;
+  prefix  a question asked by a soft prompt in front of the text, mode `prefix`;
+  full    the same, mode `full`;
+  span    span corruption, with some supervised rows as text-to-text targets;
+  distil  texts for the teacher, with the template and a polarity label.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from trainer.pretraining.corruption import EOS, FIRST_SENTINEL, corrupt
+from trainer.pretraining.shards import Pool
+from trainer.pretraining.wordings import QUESTIONS, SENTINEL, TEMPLATE, Question
+
+BANDS = (8, 12, 16, 20, 26, 34, 48)  # tokens of a text; a batch takes one band, +- 25 %
+BAND_SHARES = (0.13, 0.16, 0.2, 0.2, 0.15, 0.1, 0.06)
+FIRST_PIECE = 103  # ids below are special tokens and sentinels
+LONG = 18  # tokens from which a text counts as long
+GROUPS = 8  # soft prompts in one batch
+SILENT = 0.45  # share of them that are random pieces: a prompt tuned from there starts as well as
+# the template alone
+OPINIONS = ("polarity", "tone", "star")
+ASPECTS = 0.15  # share of opinion texts with a few of their own words in front, as an aspect
+PLAIN_TEMPLATE = 0.3  # share of rows of kind `words` that have the template and any label words
+PROMPT_LENGTHS = (20, 20, 20, 10, 50, 100)  # how many of a soft prompt's vectors a batch uses
+
+
+@dataclass
+class Batch:
+    """One batch. ids, mask: [B, S]; answers: [B] id of the answering word; the aux head `heads[i]`
+    judges class `classes[i]`; words: [B, C] ids of the label words, -1 padded; restricted: [B]
+    rows judged among their own label words only, since nothing says which words are wanted;
+    tasks: [G] soft prompts, B a multiple of G; random: [G, P] piece ids that stand in for a soft
+    prompt that says nothing (task -1); labels: [B, L] targets of kind `span`, -100 where nothing
+    is asked.
+    """
+
+    kind: str
+    ids: Tensor
+    mask: Tensor
+    answers: Tensor | None = None
+    classes: Tensor | None = None
+    columns: list[str] | None = None
+    words: Tensor | None = None
+    restricted: Tensor | None = None
+    tasks: Tensor | None = None
+    random: Tensor | None = None
+    prompt_length: int = 0
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Token ids before and after the text, and the label words' ids by class."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+class Asker:
+    """Tokenises the wordings once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.template = self.wording(TEMPLATE, ("terrible", "great"))
+        self.wordings = {q.name: self._all(q) for q in QUESTIONS}
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def wording(self, pattern: str, words: tuple[str, ...], order: tuple[int, ...] | None = None
+                ) -> Wording:  # fmt: skip
+        """A pattern with its label words filled in, listed in the given order."""
+        order = order or tuple(range(len(words)))
+        listed = [words[i] for i in order]
+        text = ", ".join(listed[:-1]) + " or " + listed[-1]
+        before, after = pattern.replace("{words}", text).split("{text}")
+        assert SENTINEL in before + after
+        return Wording(self.ids(before), self.ids(after), tuple(self.ids(w)[0] for w in words))
+
+    def _all(self, question: Question) -> list[Wording]:
+        fixed = [self.wording(pattern, words) for pattern, words in question.fixed]
+        listed = []
+        for pattern, words in itertools.product(question.listing, question.words):
+            count = len(words)
+            orders = [tuple(range(count)), tuple(reversed(range(count)))]
+            if count == 3:
+                orders.append((2, 0, 1))
+            listed += [self.wording(pattern, words, order) for order in orders]
+        # Fixed wordings and listings are asked equally often in all.
+        repeat = max(1, round(len(listed) / max(len(fixed), 1)))
+        return fixed * repeat + listed
+
+
+@dataclass(frozen=True)
+class SoftTask:
+    """A question asked by soft prompt number `index`, answered with `words` (ids by class)."""
+
+    index: int
+    question: Question
+    names: tuple[str, ...]
+    words: tuple[int, ...]
+
+
+def soft_tasks(asker: Asker) -> list[SoftTask]:
+    """One task per question and label-word set, in a stable order."""
+    tasks: list[SoftTask] = []
+    for question in QUESTIONS:
+        groups = dict.fromkeys([*question.words, *(w for _, w in question.fixed),
+                                *question.arbitrary])  # fmt: skip
+        for names in groups:
+            ids = tuple(asker.ids(name)[0] for name in names)
+            tasks.append(SoftTask(len(tasks), question, names, ids))
+    return tasks
+
+
+class Mixture:
+    """Draws batches. shares: kind -> probability; tokens: about how many a batch holds."""
+
+    def __init__(self, pools: dict[str, Pool], tokenizer: Tokenizer, tokens: int, seed: int,
+                 rate: float = 0.15, mean_span: float = 3.0) -> None:  # fmt: skip
+        self.pools, self.tokens, self.seed = pools, tokens, seed
+        self.rate, self.mean_span = rate, mean_span
+        self.asker = Asker(tokenizer)
+        self.size = tokenizer.get_vocab_size()
+        self.colon = np.array(self.asker.ids(":"), np.uint16)
+        self.tasks = soft_tasks(self.asker)
+        self._add_columns()
+        self.index: dict[tuple[str, int], list[tuple[Pool, np.ndarray, np.ndarray, float]]] = {}
+        for question in QUESTIONS:
+            for c in range(max(len(w) for w in question.words)):
+                self.index[question.column, c] = self._indexed(question.column, c)
+        names = {q.name for q in QUESTIONS if self._usable(q)}
+        self.questions = [q for q in QUESTIONS if q.name in names]
+        self.tasks_of = {n: [t for t in self.tasks if t.question.name == n] for n in names}
+
+    def _usable(self, question: Question) -> bool:
+        return all(self.index[question.column, c] for c in range(len(question.words[0])))
+
+    def _add_columns(self) -> None:
+        for pool in self.pools.values():
+            columns = pool.columns
+            if pool.name == "windows":
+                continue
+            columns["long"] = (pool.lengths >= LONG).astype(np.int8)
+            if (columns["subjective"] < 0).all():
+                opinion, neutral = columns["polarity"] >= 0, columns["tone"] == 1
+                film = columns["genre"] <= 0
+                columns["subjective"] = np.where(
+                    opinion & film, 1, np.where(neutral & ~opinion, 0, -1)
+                ).astype(np.int8)
+
+    def _indexed(self, column: str, c: int
+                 ) -> list[tuple[Pool, np.ndarray, np.ndarray, float]]:  # fmt: skip
+        found = []
+        for pool in self.pools.values():
+            values = pool.columns.get(column)
+            if values is None or pool.name == "windows":
+                continue
+            rows = np.flatnonzero(values == c)
+            if len(rows) >= 2:
+                rows = rows[np.argsort(pool.lengths[rows], kind="stable")]
+                # A set of few rows is not repeated as often as its share says.
+                share = max(pool.share, 0.05) * min(1.0, len(rows) / 2000)
+                found.append((pool, rows, pool.lengths[rows], share))
+        return found
+
+    def _draw(self, column: str, c: int, band: int, rng: np.random.Generator) -> np.ndarray:
+        choices = self.index[column, c]
+        shares = np.array([share for *_, share in choices])
+        pool, rows, lengths, _ = choices[rng.choice(len(choices), p=shares / shares.sum())]
+        if column == "long":
+            band = int(rng.integers(18, 27)) if c else int(rng.integers(6, 13))
+        low, high = np.searchsorted(lengths, [round(band * 0.75), round(band * 1.25) + 1])
+        if high - low < 2:  # nothing of this length: the nearest there is
+            low, high = max(0, min(low, len(rows) - 2)), min(len(rows), max(high, low + 2))
+        text = pool.text(int(rows[rng.integers(low, high)]))
+        if column in OPINIONS and rng.random() < ASPECTS:
+            # "food quality: The pizza was cold.", the form that aspect tasks have.
+            start, size = rng.integers(len(text)), rng.integers(1, 4)
+            text = np.concatenate([text[start : start + size], self.colon, text])
+        return text
+
+    def _question(self, band: int, rng: np.random.Generator) -> Question:
+        able = [
+            q
+            for q in self.questions
+            if not (q.name == "follows" and band < 26) and not (q.name == "length" and band < 20)
+        ]
+        weights = np.array([q.weight for q in able])
+        return able[rng.choice(len(able), p=weights / weights.sum())]
+
+    def batch(self, step: int, shares: dict[str, float]) -> Batch:
+        """Batch number `step`; every call with the same arguments gives the same batch."""
+        rng = np.random.default_rng([self.seed, step])
+        kinds = list(shares)
+        weights = np.array([shares[k] for k in kinds])
+        kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
+        if kind == "span":
+            return self._span(rng)
+        band = BANDS[rng.choice(len(BANDS), p=np.array(BAND_SHARES) / sum(BAND_SHARES))]
+        if kind in ("prefix", "full"):
+            return self._soft(kind, band, rng)
+        return self._words(kind, band, rng)
+
+    def _words(self, kind: str, band: int, rng: np.random.Generator) -> Batch:
+        count = max(8, self.tokens // (band + (6 if kind == "distil" else 10)))
+        rows, answers, classes, columns, words = [], [], [], [], []
+        restricted = np.zeros(count, bool)
+        for row in range(count):
+            question = QUESTIONS[0] if kind == "distil" else self._question(band, rng)
+            if kind == "distil":
+                wording = self.asker.template
+            elif rng.random() < PLAIN_TEMPLATE:
+                task = self._opinion(rng)
+                question, restricted[row] = task.question, True
+                wording = Wording((), self.asker.template.after, task.words)
+            else:
+                options = self.asker.wordings[question.name]
+                wording = options[rng.integers(len(options))]
+            c = int(rng.integers(len(wording.words)))
+            text = self._draw(question.column, c, band, rng).tolist()
+            rows.append([*wording.before, *text, *wording.after, EOS])
+            answers.append(wording.words[c])
+            classes.append(c)
+            columns.append(question.column)
+            words.append(wording.words)
+        batch = self._pack(kind, rows, answers, classes, columns, words)
+        batch.restricted = torch.from_numpy(restricted)
+        return batch
+
+    def _opinion(self, rng: np.random.Generator) -> SoftTask:
+        """A label-word set whose meaning fits the template: what a user would ask."""
+        tasks = [t for t in self.tasks if t.question.name in ("polarity", "tone", "stars")
+                 and t.names in t.question.words]  # fmt: skip
+        return tasks[rng.integers(len(tasks))]
+
+    def _soft(self, kind: str, band: int, rng: np.random.Generator) -> Batch:
+        length = PROMPT_LENGTHS[rng.integers(len(PROMPT_LENGTHS))]
+        if kind == "full":
+            length = min(length, 20)  # every row pays for the prompt
+        own = band + 6 + (length if kind == "full" else 0)
+        per_group = max(2, self.tokens // own // GROUPS)
+        rows, answers, classes, columns, words, tasks = [], [], [], [], [], []
+        after = self.asker.template.after
+        random = np.zeros((GROUPS, length), np.int64)
+        for group in range(GROUPS):
+            question = self._question(band, rng)
+            options = self.tasks_of[question.name]
+            task = options[rng.integers(len(options))]
+            silent = rng.random() < SILENT
+            if silent:
+                task = self._opinion(rng)
+                question = task.question
+                random[group] = rng.integers(FIRST_PIECE, FIRST_PIECE + 5000, length) % self.size
+            tasks.append(-1 if silent else task.index)
+            for _ in range(per_group):
+                c = int(rng.integers(len(task.words)))
+                text = self._draw(question.column, c, band, rng).tolist()
+                rows.append([*text, *after, EOS])
+                answers.append(task.words[c])
+                classes.append(c)
+                columns.append(question.column)
+                words.append(task.words)
+        batch = self._pack(kind, rows, answers, classes, columns, words)
+        batch.tasks, batch.prompt_length = torch.tensor(tasks), length
+        batch.random = torch.from_numpy(random)
+        batch.restricted = (batch.tasks < 0).repeat_interleave(per_group)
+        return batch
+
+    def _span(self, rng: np.random.Generator) -> Batch:
+        pool = self.pools["windows"]
+        sources, targets = [], []
+        for _ in range(max(4, self.tokens * 3 // 4 // 44)):
+            text = pool.text(int(rng.integers(len(pool))))
+            if len(text) < 6:
+                continue
+            source, target = corrupt(text, self.rate, self.mean_span, rng)
+            sources.append(source)
+            targets.append(target)
+        for _ in range(max(2, self.tokens // 4 // 40)):  # the whole target of a question, as text
+            question = self._question(26, rng)
+            options = self.asker.wordings[question.name]
+            wording = options[rng.integers(len(options))]
+            c = int(rng.integers(len(wording.words)))
+            text = self._draw(question.column, c, 24, rng).tolist()
+            sources.append([*wording.before, *text, *wording.after, EOS])
+            targets.append([FIRST_SENTINEL, wording.words[c], EOS])
+        ids, mask = pad(sources)
+        labels, real = pad(targets)
+        return Batch("span", ids, mask, labels=labels.masked_fill(~real, -100))
+
+    @staticmethod
+    def _pack(kind: str, rows: list[list[int]], answers: list[int], classes: list[int],
+              columns: list[str], words: list[tuple[int, ...]]) -> Batch:  # fmt: skip
+        ids, mask = pad(rows)
+        width = max(len(w) for w in words)
+        table = torch.tensor([[*w, *[-1] * (width - len(w))] for w in words])
+        return Batch(kind, ids, mask, torch.tensor(answers), torch.tensor(classes), columns, table)
+
+
+def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids [B, S] padded with 0, and a bool mask [B, S]."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return ids, mask

@@ -1,0 +1,103 @@
+"""Data-parallel training on CPU: processes of one thread each, meeting once a step.
+
+On a machine shared with other work, threads that meet in every matrix product wait for the slower
+one all the time; processes that meet once a step do not. Weights lie in shared memory; every
+process adds its gradients into its own row of one shared buffer, and the first process takes the
+mean and the optimizer's step. Sums are taken in a fixed order, so a run repeats to the bit.
+"""
+
+import multiprocessing as mp
+from collections.abc import Callable, Sequence
+from threading import BrokenBarrierError
+
+import torch
+from torch import Tensor, nn
+
+from serve.errors import Failure
+
+METRICS = 5  # numbers that a process hands back each step
+_WAIT = 600.0  # seconds after which a process that does not answer counts as dead
+
+# compute(rank, step, done) -> metrics, after gradients were added to the parameters' .grad
+Compute = Callable[[int, int, float], Sequence[float]]
+
+
+class Workers:
+    """`count` processes which compute gradients of the same shared parameters.
+
+    modules: their parameters are moved to shared memory, and `.grad` of each is a view of a
+    shared buffer from then on. With a count of 1 everything happens in the calling process.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], compute: Compute, count: int) -> None:
+        self.parameters = list(dict.fromkeys(p for m in modules for p in m.parameters()))
+        self.compute, self.count = compute, count
+        total = sum(p.numel() for p in self.parameters)
+        device = self.parameters[0].device
+        self.gradients = torch.zeros(count, total, device=device)
+        self.metrics = torch.zeros(count, METRICS, dtype=torch.float64)
+        self.control = torch.zeros(2, dtype=torch.float64)  # step (-1: end), share done
+        self.processes: list[mp.process.BaseProcess] = []
+        if count > 1:
+            for module in modules:
+                module.share_memory()
+            for tensor in (self.gradients, self.metrics, self.control):
+                tensor.share_memory_()
+            context = mp.get_context("fork")
+            self.barrier = context.Barrier(count)
+            for rank in range(1, count):
+                process = context.Process(target=self._serve, args=(rank,), daemon=True)
+                process.start()
+                self.processes.append(process)
+        self._attach(0)
+
+    def _attach(self, rank: int) -> None:
+        place = 0
+        for parameter in self.parameters:
+            size = parameter.numel()
+            parameter.grad = self.gradients[rank, place : place + size].view_as(parameter)
+            place += size
+
+    def _serve(self, rank: int) -> None:
+        torch.set_num_threads(1)
+        self._attach(rank)
+        while True:
+            self.barrier.wait()
+            step, done = self.control.tolist()
+            if step < 0:
+                return
+            self._compute(rank, int(step), done)
+            self.barrier.wait()
+
+    def _compute(self, rank: int, step: int, done: float) -> None:
+        self.gradients[rank].zero_()
+        self.metrics[rank] = torch.tensor(list(self.compute(rank, step, done)))
+
+    def step(self, step: int, done: float) -> Tensor:
+        """Gradients of one step: the mean over processes is in `.grad`. Returns the metrics
+        [count, METRICS]. Raises Failure if a process died."""
+        self.control[0], self.control[1] = step, done
+        self._meet()
+        self._compute(0, step, done)
+        self._meet()
+        for rank in range(1, self.count):
+            self.gradients[0] += self.gradients[rank]
+        if self.count > 1:
+            self.gradients[0] /= self.count
+        return self.metrics
+
+    def _meet(self) -> None:
+        if self.count == 1:
+            return
+        try:
+            self.barrier.wait(_WAIT)
+        except BrokenBarrierError:
+            raise Failure("a training process died: start again with --resume") from None
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.count > 1:
+            self.control[0] = -1
+            self._meet()
+            for process in self.processes:
+                process.join()

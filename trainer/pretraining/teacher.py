@@ -1,0 +1,82 @@
+"""A BERT sentence encoder as teacher: its weights, and its hidden states piece by piece."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertModel
+
+from serve.errors import UserError
+
+
+class Teacher(nn.Module):
+    """A BERT which reads the student's ids (see `vocabulary.teacher_ids`) in [CLS] ... [SEP]."""
+
+    def __init__(self, bert: BertModel, table: list[int], cls: int) -> None:
+        super().__init__()
+        self.bert = bert.eval().requires_grad_(False)
+        self.register_buffer("table", torch.tensor(table))
+        self.cls = cls
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, mask: Tensor, attentions: bool = False
+                ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """ids, mask: [B, S], each row ending in </s>.
+
+        Returns the L + 1 hidden states [B, S, D] before the last norm's gain and bias (zero mean,
+        unit variance in D), aligned with `ids`, and where asked the L score tensors
+        [B, H, S, S] before the softmax.
+        """
+        rows = ids.shape[0]
+        theirs = self.table[ids]  # type: ignore[index]
+        theirs = torch.cat([theirs.new_full((rows, 1), self.cls), theirs], 1)
+        whole = torch.cat([mask.new_ones(rows, 1), mask], 1)
+        scores: list[Tensor] = []
+        states: list[Tensor] = []
+        norms = [self.bert.embeddings.LayerNorm]
+        norms += [layer.output.LayerNorm for layer in self.bert.encoder.layer]
+        handles = [norm.register_forward_hook(lambda _, args, __: states.append(plain(args[0])))
+                   for norm in norms]  # fmt: skip
+        if attentions:
+            for layer in self.bert.encoder.layer:
+                handles.append(layer.attention.self.register_forward_hook(
+                    lambda module, args, kwargs, _: scores.append(
+                        _scores(module, args[0] if args else kwargs["hidden_states"])),
+                    with_kwargs=True))  # fmt: skip
+        try:
+            self.bert(input_ids=theirs, attention_mask=whole)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [state[:, 1:] for state in states], [score[:, :, 1:, 1:] for score in scores]
+
+
+def plain(hidden: Tensor) -> Tensor:
+    """Zero mean and unit variance along D."""
+    return torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
+
+
+def _scores(module: Any, hidden: Tensor) -> Tensor:
+    rows, length, _ = hidden.shape
+    heads = module.num_attention_heads
+    q = module.query(hidden).view(rows, length, heads, -1).transpose(1, 2)
+    k = module.key(hidden).view(rows, length, heads, -1).transpose(1, 2)
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def load_teacher(folder: Path, tokenizer: Tokenizer) -> Teacher:
+    """Read a BERT folder (config.json, weights, tokenizer.json); UserError if it is not one."""
+    from trainer.pretraining.vocabulary import teacher_ids
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--teacher {folder} holds no config.json: pass a BERT folder or `none`")
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bert = BertModel.from_pretrained(
+        folder, add_pooling_layer=False, attn_implementation="eager", dtype=torch.float32
+    )
+    start = theirs.token_to_id("[CLS]")
+    if start is None:
+        raise UserError(f"--teacher {folder} has no [CLS]: it is not a BERT")
+    return Teacher(bert, teacher_ids(tokenizer, theirs), start)
