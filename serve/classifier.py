@@ -30,6 +30,7 @@ from serve.tokenize import Encoded, Encoder
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+_TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
 
@@ -192,9 +193,17 @@ class Classifier:
             self._replace(name, None)
 
     def warm(self) -> None:
-        """Fill the bank with as many tasks as fit and run each once, so that the first request
-        waits for neither."""
-        for task in list(self.tasks.values())[: self.bank.capacity]:
+        """Fill the bank with as many tasks as fit and run once, so that the first request waits
+        for neither.
+
+        Raises:
+            Failure: a prompt is damaged; it names the file.
+        """
+        tasks = list(self.tasks.values())[: self.bank.capacity]
+        for start in range(0, len(tasks), _TOGETHER):
+            with self.bank.lend(tasks[start : start + _TOGETHER]):
+                pass
+        for task in tasks[:1]:
             self.run([Encoded([*task.prefix_ids, *task.suffix_ids], False, task)])
 
     def _replace(self, name: str, task: Task | None) -> None:
@@ -279,7 +288,13 @@ class Classifier:
 
     @staticmethod
     def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:
-        """Probabilities and labels of one batch's logits [B, C]."""
+        """Probabilities and labels of one batch's logits [B, C].
+
+        Raises:
+            Failure: the logits are not finite, as when half precision overflows.
+        """
+        if not np.isfinite(logits).all():
+            raise Failure("the graph's logits are not finite: serve another --precision")
         heat = np.array([item.task.temperature for item in batch], np.float32)
         scaled = logits / heat[:, None]
         scaled -= scaled.max(axis=1, keepdims=True)

@@ -24,17 +24,20 @@ DTYPES = {
 }
 
 
-def physical_cores() -> int:
+def physical_cores(root: Path = Path("/")) -> int:
     """The cores that this process may use: hyper-threads counted once, CPU affinity and the
     container's CPU quota (cgroup v2) respected. A second thread on a core slows a matrix product.
+
+    Args:
+        root: where /sys is found; the tests have their own.
     """
     allowed = os.sched_getaffinity(0)
     siblings = set()
     for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
         siblings.add(path.read_text() if path.is_file() else str(cpu))
     cores = len(siblings)
-    quota = Path("/sys/fs/cgroup/cpu.max")
+    quota = root / "sys/fs/cgroup/cpu.max"
     if quota.is_file():
         limit, period = quota.read_text().split()
         if limit != "max":

@@ -1,0 +1,117 @@
+"""Sessions: threads for the machine, providers, and failures in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import serve_toy as toy
+
+from serve.classifier import Classifier
+from serve.engine import CPU, CUDA, Engine, choose_providers, on_device, physical_cores
+from serve.errors import Failure, UserError
+
+
+def machine(root: Path, siblings: dict[int, str], quota: str | None = None) -> Path:
+    for cpu, text in siblings.items():
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(text)
+    if quota is not None:
+        (root / "sys/fs/cgroup").mkdir(parents=True)
+        (root / "sys/fs/cgroup/cpu.max").write_text(quota)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "cores"),
+    [
+        ({0, 1, 2, 3}, None, 2),  # two threads on each of two cores
+        ({0, 1, 2, 3}, "max 100000", 2),
+        ({0, 2}, None, 1),
+        ({0, 1, 2, 3}, "150000 100000", 1),
+        ({0, 1, 2, 3}, "400000 100000", 2),
+        ({0}, "50000 100000", 1),  # half a core is still a thread
+    ],
+)
+def test_threads_are_the_cores_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], quota: str, cores: int
+) -> None:
+    root = machine(tmp_path, {0: "0,2", 2: "0,2", 1: "1,3", 3: "1,3"}, quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    assert physical_cores(root) == cores
+
+
+def test_a_machine_that_tells_nothing_counts_every_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    assert physical_cores(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "chosen"),
+    [
+        ([CPU], None, [CPU]),
+        ([CUDA, CPU], None, [CUDA, CPU]),
+        ([CUDA, CPU], [CPU], [CPU]),
+        ([CUDA, CPU], [CUDA], [CUDA, CPU]),
+    ],
+)
+def test_cuda_is_chosen_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, available: list[str], wanted: list[str], chosen: list[str]
+) -> None:
+    monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: available)
+    assert choose_providers(wanted) == chosen
+
+
+def test_a_provider_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CPU])
+    with pytest.raises(UserError, match="onnxruntime-gpu"):
+        choose_providers([CUDA])
+
+
+def test_what_is_no_graph_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(Failure, match=r"model\.onnx") as caught:
+        Engine(tmp_path / "model.onnx", threads=1, providers=[CPU])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fails_is_a_failure(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    engine = Engine(folder / "prefix.onnx", threads=1, providers=[CPU])
+    wrong = {"prompt": on_device(np.zeros((2, 3), np.float32), "cpu"),
+             "length": on_device(np.array(2, np.int64), "cpu")}  # fmt: skip
+    with pytest.raises(Failure, match=r"prefix\.onnx failed"):
+        engine.run(wrong)
+
+
+def test_logits_that_overflow_are_a_failure_and_no_answer(tmp_path: Path) -> None:
+    classifier = Classifier(toy.make_bundle(tmp_path / "b"), threads=1)
+    batch = classifier.encoder.encode(["good"], [classifier.tasks["film"]])
+    with pytest.raises(Failure, match="--precision"):
+        classifier.read_out(batch, np.array([[np.nan, 1.0]], np.float32))
+
+
+def test_warming_fills_the_bank_as_far_as_it_goes(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    for number in range(20):
+        toy.add(folder, f"t{number}", ["n", "p"], ["bad", "good"], toy.prompt_of(number))
+    classifier = Classifier(folder, threads=1)
+    classifier.warm()
+    assert len(classifier.bank) == 22 and classifier.bank.evictions == 0
+    small = Classifier(folder, threads=1, bank_memory=5 * classifier.bank.slot_bytes)
+    small.warm()
+    assert len(small.bank) == 5 and small.bank.evictions == 0
+
+
+def test_warming_names_a_damaged_prompt(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    classifier = Classifier(folder, threads=1)
+    path = folder / classifier.tasks["food"].prompt
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(Failure, match=path.name):
+        classifier.warm()
