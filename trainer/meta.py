@@ -30,6 +30,19 @@ from trainer.readout import Batch
 ScoreFn = Callable[[Params, Batch], Tensor]
 
 
+@dataclass(frozen=True)
+class Stages:
+    """A score in two stages, where what a prompt contributes does not depend on the text.
+
+    Attributes:
+        constants: parameters with a leading group axis -> what they contribute, likewise.
+        score: class scores under those contributions.
+    """
+
+    constants: Callable[[Params], Params]
+    score: ScoreFn
+
+
 @dataclass
 class Outcome:
     """What an outer step measured: query loss (mean per row) and accuracy, before and after."""
@@ -86,6 +99,42 @@ def adapt(
     return copies, first
 
 
+def adapt_together(
+    stages: Stages,
+    params: Params,
+    support: Batch,
+    tasks: int,
+    *,
+    inner_rate: float | Params,
+    second_order: bool = True,
+) -> tuple[Params, Tensor]:
+    """The first step of equation 1, with the prompt encoded once instead of once a task.
+
+    Before the first step all copies are equal, so their contributions are; only the gradients
+    differ. The contributions are copied instead of the prompt, and the gradients with respect to
+    them go back through the one encoding side by side.
+
+    Args:
+        params: without a task axis, as for `outer_gradient`; the rest as for `adapt`.
+    """
+    assert support.labels is not None
+    once = stages.constants(add_group(params))
+    copies = {name: value.expand(tasks, *value.shape[1:]) for name, value in once.items()}
+    losses = task_losses(stages.score(copies, support), support.labels, tasks)
+    reached = torch.autograd.grad(
+        losses.sum(), list(copies.values()), create_graph=second_order
+    )  # [T, ...]
+    gradients = torch.autograd.grad(
+        list(once.values()), list(params.values()), [value[:, None] for value in reached],
+        is_grads_batched=True, create_graph=second_order,
+    )  # fmt: skip
+    adapted = {
+        name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
+        for (name, value), grad in zip(params.items(), gradients, strict=True)
+    }
+    return adapted, losses.detach()
+
+
 def outer_gradient(
     score: ScoreFn,
     params: Params,
@@ -96,6 +145,7 @@ def outer_gradient(
     inner_rate: float | Params,
     inner_steps: int = 1,
     second_order: bool = True,
+    stages: Stages | None = None,
 ) -> Outcome:
     """Equation 2: add the gradient of the summed query losses to `.grad` of the parameters.
 
@@ -103,13 +153,24 @@ def outer_gradient(
         params: leaf tensors without a task axis.
         support, query: T x M rows each, ordered by task.
         tasks: T.
+        inner_rate: as for `adapt`; tensors that require gradients get theirs as well.
+        stages: `score` in two stages, if it has them: the same gradient with less work.
     """
     assert query.labels is not None
-    copies = add_group(params, tasks)
-    adapted, support_losses = adapt(
-        score, copies, support,
-        inner_rate=inner_rate, inner_steps=inner_steps, second_order=second_order,
-    )  # fmt: skip
+    if stages is None:
+        adapted, support_losses = adapt(
+            score, add_group(params, tasks), support,
+            inner_rate=inner_rate, inner_steps=inner_steps, second_order=second_order,
+        )  # fmt: skip
+    else:
+        adapted, support_losses = adapt_together(
+            stages, params, support, tasks, inner_rate=inner_rate, second_order=second_order
+        )
+        if inner_steps > 1:
+            adapted, _ = adapt(
+                score, adapted, support,
+                inner_rate=inner_rate, inner_steps=inner_steps - 1, second_order=second_order,
+            )  # fmt: skip
     scores = score(adapted, query)
     losses = task_losses(scores, query.labels, tasks)
     losses.sum().backward()
@@ -124,14 +185,22 @@ class TaskSampler:
         clusters: int [N], the cluster of each row; labels: int [N].
         samples: M, rows of support and as many of query for each task.
         balanced: draw the classes of a task's support and query evenly instead of at random.
+        each_step: clusters that a step draws from, by chance; 0 draws from all.
     """
 
     def __init__(
-        self, clusters: np.ndarray, labels: np.ndarray, samples: int, *, balanced: bool = False
+        self,
+        clusters: np.ndarray,
+        labels: np.ndarray,
+        samples: int,
+        *,
+        balanced: bool = False,
+        each_step: int = 0,
     ):
         self.names = np.unique(clusters)
         self.members = [np.flatnonzero(clusters == name) for name in self.names]
         self.labels, self.samples, self.balanced = labels, samples, balanced
+        self.each_step = min(each_step, len(self.members)) or len(self.members)
         self.small = [
             int(name)
             for name, rows in zip(self.names, self.members, strict=True)
@@ -140,14 +209,18 @@ class TaskSampler:
 
     @property
     def tasks(self) -> int:
-        """T, the number of clusters."""
-        return len(self.members)
+        """T, the number of clusters that a step draws from."""
+        return self.each_step
 
     def draw(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of support and query, [T*M] each, a function of (seed, step) alone."""
         generator = np.random.default_rng([seed, step])
         support, query = [], []
-        for rows in self.members:
+        members = self.members
+        if self.each_step < len(members):
+            chosen_tasks = generator.choice(len(members), self.each_step, replace=False)
+            members = [members[task] for task in chosen_tasks]
+        for rows in members:
             if self.balanced:
                 chosen = self._balanced(rows, generator)
             else:

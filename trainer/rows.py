@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.backbone import Backbone
 from trainer.loop import Score
+from trainer.meta import Stages
 from trainer.modes import Params, add_group, steer
 from trainer.readout import Batch, class_scores, collate, compile_template, encode_texts, word_ids
 from trainer.t5 import Segment
@@ -86,19 +87,28 @@ class Scorer:
             return t5.scores(t5.decode(self.decoder_ids, memory), self.words)
         return class_scores(t5, self.mode, params, batch, self.words, self.decoder_ids)
 
+    def stages(self) -> Stages | None:
+        """The score in two stages, in mode `prefix`: a prompt's constants, then the texts."""
+        if self.mode != "prefix":
+            return None
+        deep = Scorer.__new__(Scorer)  # the words are looked up already
+        deep.__dict__.update(self.__dict__, mode="deep")
+
+        def constants(params: Params) -> Params:
+            kv, states = self.backbone.t5.prefix(params["prompt_embeddings"])
+            return {"kv": kv, "states": states}
+
+        return Stages(constants, deep)
+
     @torch.no_grad()
     def all(
         self, params: Params, rows: Rows, progress: Callable[[int], object] | None = None
     ) -> Tensor:
         """Scores [N, C] of all rows under one prompt (without a group axis), on the CPU."""
         scores = torch.empty(len(rows), len(self.words))
-        if self.mode == "prefix":  # the prompt's constants once, not once a batch
-            kv, states = self.backbone.t5.prefix(params["prompt_embeddings"][None])
-            grouped: Params = {"kv": kv, "states": states}
-            scorer = Scorer.__new__(Scorer)
-            scorer.__dict__.update(self.__dict__, mode="deep")
-        else:
-            grouped, scorer = add_group(params), self
+        grouped, scorer = add_group(params), self.__call__
+        if (stages := self.stages()) is not None:  # the prompt's constants once, not once a batch
+            grouped, scorer = stages.constants(grouped), stages.score
         for indices in rows.by_length():
             scores[torch.from_numpy(indices)] = scorer(grouped, rows.batch(indices)).float().cpu()
             if progress is not None:

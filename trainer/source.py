@@ -27,6 +27,7 @@ from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
 from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS
 from trainer.tune import epoch_stream, prompt_gradient
+from trainer.variants import InnerRates, hold_out_clusters
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,16 @@ class MetaConfig(SourceOptions):
     inner_steps: int = option(1, help="inner steps (equation 1) a task", minimum=1)
     order: str = option("second", help="second is exact MAML", choices=("second", "first"))
     balanced: bool = option(False, help="draw the classes of support and query evenly")
+    learn_rates: bool = option(
+        False, help="learn an inner rate for each prompt token (Meta-SGD, Li et al. 2017)"
+    )
+    first_order_steps: int = option(
+        0, help="steps before the second order begins (MAML++, Antoniou et al. 2019)", minimum=0
+    )
+    each_step: int = option(0, help="clusters drawn for a step (0: all of them)", minimum=0)
+    held_clusters: int = option(
+        0, help="clusters that are not trained on but evaluated on, for early stopping", minimum=0
+    )
 
     examples = [
         "--data runs/clusters.parquet --out runs/metapt",
@@ -166,10 +177,15 @@ def meta_train(
     Raises:
         UserError: clusters too small for M + M rows, or settings that do not fit.
     """
-    train, held = (
-        _subset(data, rows) for rows in hold_out(data, config.validation_share, config.seed)
-    )
-    sampler = TaskSampler(train.clusters, train.labels, config.samples, balanced=config.balanced)
+    if config.held_clusters:
+        parts = hold_out_clusters(data.clusters, config.held_clusters, config.seed)
+    else:
+        parts = hold_out(data, config.validation_share, config.seed)
+    train, held = (_subset(data, rows) for rows in parts)
+    sampler = TaskSampler(
+        train.clusters, train.labels, config.samples,
+        balanced=config.balanced, each_step=config.each_step,
+    )  # fmt: skip
     if sampler.small:
         raise UserError(
             f"cluster {sampler.small[0]} has fewer than the {2 * config.samples} rows that a task "
@@ -182,6 +198,9 @@ def meta_train(
         for part in (train, held)
     )
     episodes = _episodes(held, config.samples, config.seed)
+    rates = InnerRates(params, float(config.inner_rate), learned=config.learn_rates)
+    trained = {**params, **rates.trained}
+    stages = scorer.stages()
 
     def gradient(step: int) -> dict[str, float]:
         team = workers()
@@ -195,8 +214,8 @@ def meta_train(
             )
             outcome = outer_gradient(
                 scorer, params, rows.batch(support), rows.batch(query), len(mine),
-                inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
-                second_order=config.order == "second",
+                inner_rate=rates.now(), inner_steps=config.inner_steps, stages=stages,
+                second_order=config.order == "second" and step >= config.first_order_steps,
             )  # fmt: skip
             share = len(mine) / sampler.tasks
             measured = {
@@ -204,7 +223,7 @@ def meta_train(
                 "accuracy": share * outcome.accuracy,
                 "before": share * outcome.support_loss,
             }
-        team.sum_gradients(params)
+        team.sum_gradients(trained)
         return team.sum_values(measured)
 
     def evaluate() -> Score:
@@ -214,8 +233,7 @@ def meta_train(
             query_batch = held_rows.batch(query)
             copies, _ = adapt(
                 scorer, add_group(params, tasks), held_rows.batch(support),
-                inner_rate=float(config.inner_rate), inner_steps=config.inner_steps,
-                second_order=False,
+                inner_rate=rates.now(), inner_steps=config.inner_steps, second_order=False,
             )  # fmt: skip
             with torch.no_grad():
                 scores = scorer(copies, query_batch)
@@ -230,10 +248,11 @@ def meta_train(
         evaluate_every=config.evaluate_every, patience=config.patience,
     )  # fmt: skip
     loop = Loop(
-        params, gradient, evaluate, schedule,
+        trained, gradient, evaluate, schedule,
         checkpoint=checkpoint, fingerprint=fingerprint, label="meta", watch=watch, quiet=quiet,
     )  # fmt: skip
     loop.run()
+    loop.best = {name: value for name, value in loop.best.items() if name in params}
     return loop
 
 

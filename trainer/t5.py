@@ -37,6 +37,42 @@ class Segment:
     mask: Tensor | None
 
 
+# Below this share of padding, moving rows costs what it saves.
+_WORTH_PACKING = 0.05
+
+
+class Packing:
+    """Rows of unequal length as one run of tokens, so that no product is spent on padding.
+
+    Args:
+        mask: bool [B, S], true at the N tokens that are no padding.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.shape = mask.shape
+        flat = mask.flatten()
+        self.tokens = flat.nonzero().flatten()  # [N]
+        # Where padding stands in [B, S] any token may be read: what looks there is masked.
+        self.places = (flat.cumsum(0) - 1).clamp(min=0)  # [B*S]
+
+    @staticmethod
+    def of(mask: Tensor | None) -> Packing | None:
+        """None where there is too little padding to be worth it."""
+        if mask is None:
+            return None
+        packing = Packing(mask)
+        worth = len(packing.tokens) < (1 - _WORTH_PACKING) * mask.numel()
+        return packing if worth and len(packing.tokens) else None
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """[B, S, D] -> [N, D]."""
+        return rows.flatten(0, 1).index_select(0, self.tokens)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """[N, D] -> [B, S, D], with some token's values at padding."""
+        return tokens.index_select(0, self.places).unflatten(0, self.shape)
+
+
 def relative_buckets(
     distance: Tensor, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> Tensor:
@@ -174,6 +210,7 @@ class FrozenT5(nn.Module):
     ) -> Tensor:
         rows, length, _ = hidden.shape
         groups = rows if kv is None else kv.shape[0]
+        packing = Packing.of(mask)
         prompt_tokens = 0 if kv is None else kv.shape[4]
         encoder = self.model.encoder
         # The text stands after the prompt, so its positions start at P.
@@ -184,15 +221,25 @@ class FrozenT5(nn.Module):
             before = torch.arange(prompt_tokens, device=hidden.device)
             prompt_bias = self._bias(encoder, positions, before, True)  # [H, S, P]
             prompt_mask = None if kv_mask is None else kv_mask.view(groups, 1, 1, 1, prompt_tokens)
+        # Once for all layers, so that no layer fills and no backward pass unfills.
+        bias = (
+            bias
+            if text_mask is None
+            else masked(bias.expand(*text_mask.shape[:2], -1, -1, -1), text_mask)
+        )
+        if packing is not None:
+            hidden = packing.pack(hidden)
         for index, block in enumerate(encoder.block):
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
             normed = rms_norm(norm, hidden)
-            query = self._split(attention.q(normed), groups)  # [G, R, H, S, K]
-            key = self._split(attention.k(normed), groups)
-            value = self._split(attention.v(normed), groups)
+            # Only attention needs rows; every other product runs over the tokens.
+            query, key, value = (
+                self._split(made if packing is None else packing.unpack(made), groups)
+                for made in (attention.q(normed), attention.k(normed), attention.v(normed))
+            )  # [G, R, H, S, K]
             if collect is not None:  # rows are groups here: [G, 1, H, P, K] -> [G, 2, H, P, K]
                 collect.append(torch.cat((key, value), dim=1))
-            scores = masked(query @ key.transpose(-1, -2) + bias, text_mask)
+            scores = query @ key.transpose(-1, -2) + bias
             if kv is None:
                 context = scores.softmax(-1) @ value
             else:
@@ -203,14 +250,19 @@ class FrozenT5(nn.Module):
                 before_scores = before_scores.unflatten(2, (-1, length)).transpose(1, 2)
                 before_scores = masked(before_scores + prompt_bias, prompt_mask)
                 weights = torch.cat((before_scores, scores), dim=-1).softmax(-1)
-                to_prompt = weights[..., :prompt_tokens].transpose(1, 2).flatten(2, 3)
+                # A split's backward is one join; that of two slices fills and adds whole tensors.
+                to_prompt, to_text = weights.split((prompt_tokens, length), dim=-1)
+                to_prompt = to_prompt.transpose(1, 2).flatten(2, 3)
                 from_prompt = (to_prompt @ kv[:, index, 1]).unflatten(2, (-1, length))
-                context = weights[..., prompt_tokens:] @ value + from_prompt.transpose(1, 2)
+                context = to_text @ value + from_prompt.transpose(1, 2)
             joined = context.transpose(2, 3).reshape(rows, length, self.heads * self.head_width)
+            if packing is not None:
+                joined = packing.pack(joined)
             hidden = hidden + attention.o(joined)
             feed = block.layer[1]
             hidden = hidden + feed.DenseReluDense(rms_norm(feed.layer_norm, hidden))
-        return rms_norm(encoder.final_layer_norm, hidden)
+        states = rms_norm(encoder.final_layer_norm, hidden)
+        return states if packing is None else packing.unpack(states)
 
     # -- decoder ---------------------------------------------------------------------------------
 
