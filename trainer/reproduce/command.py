@@ -180,6 +180,7 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
         f"{', '.join(map(str, config.seeds))}, {rows}",
         f"MetaPT: {config.meta_steps} outer steps at most, alpha {config.inner_rate:g}, beta "
         f"{config.outer_rate:g}; downstream rate {config.rate:g}, {config.epochs} epochs at most",
+        *_beyond(config),
         f"{len(done)} of {len(plan)} runs done",
     ]
     text = markdown(grid, f"{title} ({config.backbone})", notes)
@@ -206,6 +207,14 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
         else:
             plots.plot_bars(grid, title, out / what)
     sys.stdout.write(text + f"\n{out / what}.md, .csv, .json, .png, .svg\n")
+
+
+def _beyond(config: ReproduceConfig) -> list[str]:
+    """A note on what is on that the paper does not have."""
+    names = ("learn_rates", "first_order_steps", "each_step", "held_clusters", "balanced")
+    on = [f"{name.replace('_', ' ')}: {getattr(config, name)}" for name in names]
+    used = [text for text, name in zip(on, names, strict=True) if getattr(config, name)]
+    return [f"beyond the paper: {', '.join(used)}"] if used else []
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -56,6 +56,14 @@ class ReproduceConfig:
     inner_steps: int = option(1, help="inner steps", minimum=1)
     samples: int = option(4, help="support rows a task, and as many query rows (A.3)", minimum=1)
     balanced: bool = option(False, help="draw the classes of support and query evenly")
+    learn_rates: bool = option(False, help="beyond the paper: Meta-SGD, a rate a prompt token")
+    first_order_steps: int = option(
+        0, help="beyond the paper: steps before the second order begins", minimum=0
+    )
+    each_step: int = option(0, help="beyond the paper: clusters drawn a step (0: all)", minimum=0)
+    held_clusters: int = option(
+        0, help="beyond the paper: clusters held out for early stopping", minimum=0
+    )
     start: str = option("vocab", help="where MetaPT and PPT start: vocab or random")
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
     ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0)

@@ -131,10 +131,13 @@ def _start(
             **common, "source": source, "steps": config.ppt_steps or config.meta_steps,
             "rate": config.ppt_rate, "batch": config.ppt_batch,
         }  # fmt: skip
+    # What the paper does not have is named only where it is used.
+    names = ("learn_rates", "first_order_steps", "each_step", "held_clusters")
+    more = {name: getattr(config, name) for name in names if getattr(config, name)}
     return {
         **common, "source": source, "steps": config.meta_steps, "rate": config.outer_rate,
         "inner_rate": config.inner_rate, "inner_steps": config.inner_steps,
-        "samples": config.samples, "balanced": config.balanced,
+        "samples": config.samples, "balanced": config.balanced, "more": more,
     }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     if meta:
         names = ("inner_rate", "inner_steps", "samples", "balanced")
         extra = {name: settings[name] for name in names}
-        config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings.get("more", {}))
+        config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings["more"])
     else:
         config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
     train = meta_train if meta else pretrain

@@ -1,0 +1,34 @@
+"""Two processes end with the figures of one."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from reproduce_toy import write_source, write_task
+
+from trainer.reproduce.command import run_reproduce
+from trainer.reproduce.config import ReproduceConfig
+
+
+def accuracies(path: Path) -> dict[tuple[str, str], str]:
+    with path.open() as file:
+        return {(row["row"], row["seed"]): row["accuracy"] for row in csv.DictReader(file)}
+
+
+def test_jobs_do_not_change_the_table(tmp_path: Path, tiny_t5: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_task(tmp_path / "data")
+    source = write_source(tmp_path / "source.csv")
+    for jobs in (1, 2):
+        run_reproduce(
+            ReproduceConfig(
+                what="table1", backbone=str(tiny_t5), tasks=["sst2"], seeds=[1, 2],
+                methods=["pt", "metapt"], data_dir=str(tmp_path / "data"), source=str(source),
+                out=str(tmp_path / f"jobs{jobs}"), train=20, validation=20, prompt_tokens=4,
+                meta_steps=4, meta_evaluate_every=2, epochs=4, rate=0.05, modes=["prefix"],
+                device="cpu", jobs=jobs, threads=1,
+            )
+        )  # fmt: skip
+    one, two = (accuracies(tmp_path / f"jobs{jobs}/table1.csv") for jobs in (1, 2))
+    assert len(one) == 4 and one == two
