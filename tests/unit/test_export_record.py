@@ -1,0 +1,143 @@
+"""Reading prompts without torch, and what is kept of them: as the trainer itself has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from exporter.precision import int8_onnx, weight_products
+from exporter.record import WEIGHTS, read_folder, task_name, task_record, template_ids, word_ids
+from exporter.trace import ALIGNMENT, WeightsFile
+from exporter.verify import left_padded, session
+from serve.errors import Failure, UserError
+from trainer import readout
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_t5: Path) -> tuple[Tokenizer, object]:
+    from transformers import AutoTokenizer
+
+    return (
+        Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")),
+        AutoTokenizer.from_pretrained(tiny_t5),
+    )
+
+
+@pytest.mark.parametrize(
+    "template", ["{text} It was <extra_id_0>.", "film: {text} This is <extra_id_0> !"]
+)
+def test_templates_are_tokenised_as_the_trainer_does(pair, template: str) -> None:  # type: ignore[no-untyped-def]
+    ours, theirs = pair
+    want = readout.compile_template(theirs, template)
+    assert template_ids(template, ours, "p") == (list(want.before), list(want.after))
+
+
+def test_words_are_tokenised_as_the_trainer_does(pair) -> None:  # type: ignore[no-untyped-def]
+    ours, theirs = pair
+    words = ["terrible", "okay", "great"]
+    assert word_ids(words, ours, "p") == readout.word_ids(theirs, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["great", "abysmal"], "'abysmal' is 7 tokens"), (["good", "good"], "are the same token")],
+)
+def test_words_that_cannot_be_told_apart_are_named(pair, words, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        word_ids(words, pair[0], "p")
+
+
+def test_records_name_what_is_missing(pair) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match="2 labels and 1 label words"):
+        task_record({"labels": ["a", "b"], "words": ["good"]}, pair[0], "p")
+    task = {"labels": ["a", "b"], "words": ["good", "bad"], "template": "{text} It was good."}
+    with pytest.raises(UserError, match="must contain <extra_id_0> exactly once"):
+        task_record(task, pair[0], "p")
+
+
+def test_names_become_fit_for_urls() -> None:
+    assert task_name("Yelp Reviews (5)") == "yelp-reviews-5"
+    with pytest.raises(UserError, match="cannot be made a task's name"):
+        task_name("***")
+
+
+def test_pefts_double_prompt_keeps_its_encoder_half(tmp_path: Path) -> None:
+    rows = np.arange(24, dtype=np.float32).reshape(6, 4)
+    save_file({"prompt_embeddings": rows}, tmp_path / WEIGHTS)
+    (tmp_path / "task.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"num_virtual_tokens": 3}))
+    assert (read_folder(tmp_path)[1]["prompt_embeddings"] == rows[:3]).all()
+
+
+def test_damaged_and_missing_prompts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_folder(tmp_path / "none")
+    with pytest.raises(UserError, match=f"holds no {WEIGHTS}"):
+        read_folder(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"\x00" * 40)
+    (tmp_path / "task.json").write_text("{}")
+    with pytest.raises(Failure, match="is damaged or cut short"):
+        read_folder(tmp_path)
+    (tmp_path / "task.json").write_text("[]")
+    with pytest.raises(Failure, match=r"task\.json must hold a JSON object"):
+        read_folder(tmp_path)
+
+
+def test_padding_stands_before() -> None:
+    assert left_padded(np.ones((2, 1)), 0, 3)[:, 0].tolist() == [0, 1, 1]
+
+
+def product(weights: np.ndarray, name: str = "w") -> onnx.ModelProto:
+    """x [B, K] @ w."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", weights.shape[0]])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", weights.shape[1]])
+    node = helper.make_node("MatMul", ["x", name], ["y"], name="product")
+    constant = numpy_helper.from_array(weights, name)
+    graph = helper.make_graph([node], "g", [x], [y], [constant])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_graphs_share_equal_constants_in_one_file(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    first, second = (random.normal(size=(40, 30)).astype(np.float32) for _ in range(2))
+    models = [product(first), product(first, "again"), product(second)]
+    with WeightsFile(tmp_path / "weights.data") as weights:
+        for index, model in enumerate(models):
+            (tmp_path / f"{index}.onnx").write_bytes(weights.place(model).SerializeToString())
+    # Two matrices of 4800 bytes: the second starts at the next multiple of the alignment.
+    assert (tmp_path / "weights.data").stat().st_size == 2 * ALIGNMENT + 4800
+    x = random.normal(size=(3, 40)).astype(np.float32)
+    for index, matrix in enumerate((first, first, second)):
+        got = session(tmp_path / f"{index}.onnx").run(None, {"x": x})[0]
+        np.testing.assert_allclose(got, x @ matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_counts_its_products_and_stays_near(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(64, 48)).astype(np.float32)
+    matrix[:, 0] *= 100  # a loud column: per-channel scales keep the others exact
+    path = tmp_path / "model.onnx"
+    onnx.save(product(matrix), str(path))
+    model, figures = int8_onnx(path)
+    assert figures == {"quantized_products": 1, "weight_bits": 7, "per_channel": True}
+    x = random.normal(size=(5, 64)).astype(np.float32)
+    got = session(model.SerializeToString()).run(None, {"x": x})[0]
+    # 7 bits: the step of a column's weights is its largest / 64, of the inputs the range / 255.
+    error = np.abs(got - x @ matrix)[:, 1:]
+    assert error.max() < 0.5 and error.max() > 0
+
+
+def test_int8_refuses_a_graph_without_products(tmp_path: Path) -> None:
+    model = product(np.ones((4, 4), np.float32))
+    model.graph.node[0].op_type = "Add"
+    assert weight_products(model) == []
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(Failure, match="only 0 of 0 products became int8"):
+        int8_onnx(tmp_path / "model.onnx")
