@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.backbone import Backbone
 from trainer.loop import Score
-from trainer.meta import Stages
+from trainer.meta import ScoreFn, Stages
 from trainer.modes import Params, add_group, steer
 from trainer.readout import Batch, class_scores, collate, compile_template, encode_texts, word_ids
 from trainer.t5 import Segment
@@ -106,7 +106,8 @@ class Scorer:
     ) -> Tensor:
         """Scores [N, C] of all rows under one prompt (without a group axis), on the CPU."""
         scores = torch.empty(len(rows), len(self.words))
-        grouped, scorer = add_group(params), self.__call__
+        grouped: Params = add_group(params)
+        scorer: ScoreFn = self
         if (stages := self.stages()) is not None:  # the prompt's constants once, not once a batch
             grouped, scorer = stages.constants(grouped), stages.score
         for indices in rows.by_length():
