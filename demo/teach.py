@@ -5,6 +5,7 @@ The prompt is tuned by `trainer.tune`, in a thread; what it measures comes out o
 
 from __future__ import annotations
 
+import math
 import queue
 import re
 import threading
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MOST_LABELS, LEAST_LABELS = 10, 2
 MOST_EXAMPLES = 400  # of a lesson; more belong into the trainer's command line
-EPOCHS = 60
+STEPS = 60  # at most; patience usually ends a run before
 RATE = 3e-3  # appendix A.4
 SEED = 1
 
@@ -296,7 +297,8 @@ def _study_one(
 
     config = TuneConfig(
         out="", mode=room.classifier.bundle.mode, prompt_tokens=prompt_length(room),
-        epochs=EPOCHS, rate=RATE, seed=SEED, max_tokens=128, name=task.name,
+        epochs=math.ceil(STEPS * 32 / len(train)), rate=RATE, seed=SEED, max_tokens=128,
+        name=task.name,
     )  # fmt: skip
     out: queue.Queue[Step | Exception | None] = queue.Queue()
 

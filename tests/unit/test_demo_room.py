@@ -1,0 +1,209 @@
+"""The demo without its page: visitors, why, compare, on the toy bundle."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import serve_toy as toy
+
+pytest.importorskip("gradio")
+
+from demo import compare, why
+from demo.state import MAX_TEXT, Limits, Room, record_of
+from serve import bundle
+from serve.classifier import Classifier
+from serve.errors import UserError
+
+TEXT = "the film was very long and great"
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Room:
+    return Room(Classifier(toy.make_bundle(tmp_path / "bundle"), threads=1))
+
+
+def teach(room: Room, session: str, name: str, seed: int = 5) -> None:
+    record = toy.record(["left", "right"], ["dull", "nice"])
+    room.add(session, name, record, {"prompt_embeddings": toy.prompt_of(seed)})
+
+
+# ---- visitors --------------------------------------------------------------------------------
+
+
+def test_a_taught_task_is_its_visitors_alone(room: Room) -> None:
+    teach(room, "ada", "side")
+    assert room.names("ada") == ["film", "food", "side"]
+    assert room.names("bob") == ["film", "food"]
+    answer = room.classify("ada", ["nice film"], "side").results[0]
+    assert set(answer.probabilities) == {"left", "right"}
+    with pytest.raises(UserError, match=r"no task “side” here\. Choose one of: film, food"):
+        room.classify("bob", ["nice film"], "side")
+    with pytest.raises(UserError, match="no task"):  # nor by the name it has in the classifier
+        room.classify("bob", ["nice film"], room.key("ada", "side"))
+
+
+def test_two_visitors_may_use_one_name_for_two_tasks(room: Room) -> None:
+    teach(room, "ada", "side", seed=5)
+    teach(room, "bob", "side", seed=6)
+    a, b = (room.classify(who, [TEXT], "side").results[0].score for who in ("ada", "bob"))
+    assert abs(a - b) > 1e-4
+
+
+def test_tasks_go_with_their_visitor(room: Room) -> None:
+    before = set(room.classifier.tasks)
+    teach(room, "ada", "side")
+    room.leave("ada")
+    assert set(room.classifier.tasks) == before
+    assert room.names("ada") == ["film", "food"]
+
+
+def test_a_run_that_ends_after_its_visitor_left_serves_nothing(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(room.classifier.tasks)
+    add = room.classifier.add_task
+
+    def leave_meanwhile(*args: object) -> object:
+        room.leave("ada")
+        return add(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room.classifier, "add_task", leave_meanwhile)
+    with pytest.raises(UserError, match="left"):
+        teach(room, "ada", "side")
+    assert set(room.classifier.tasks) == before
+
+
+def test_teaching_a_name_again_replaces_the_task(room: Room) -> None:
+    teach(room, "ada", "side", seed=5)
+    first = room.classify("ada", [TEXT], "side").results[0].score
+    teach(room, "ada", "side", seed=9)
+    assert room.names("ada") == ["film", "food", "side"]
+    assert abs(room.classify("ada", [TEXT], "side").results[0].score - first) > 1e-4
+
+
+def test_the_number_of_tasks_is_bounded(tmp_path: Path) -> None:
+    classifier = Classifier(toy.make_bundle(tmp_path / "bundle"), threads=1)
+    room = Room(classifier, Limits(tasks=1, visitors=1))
+    with pytest.raises(UserError, match="bundle has a task “film”"):
+        room.check_can_teach("ada", "film")
+    room.check_can_teach("ada", "side")
+    teach(room, "ada", "side")
+    room.check_can_teach("ada", "side")
+    with pytest.raises(UserError, match="taught 1 tasks"):
+        room.check_can_teach("ada", "other")
+    with pytest.raises(UserError, match="Too many visitors"):
+        room.check_can_teach("bob", "side")
+
+
+def test_a_long_text_is_refused_in_words(room: Room) -> None:
+    with pytest.raises(UserError, match="5,001 characters; this page takes 5,000"):
+        room.classify("ada", ["x" * (MAX_TEXT + 1)], "film")
+
+
+def test_sizes_are_those_of_the_files(room: Room) -> None:
+    folder = room.classifier.bundle.folder
+    shared = (folder / "model.onnx").stat().st_size + (folder / "weights.data").stat().st_size
+    assert room.backbone_bytes() == shared
+    task = room.bundled["film"]
+    assert room.prompt_bytes(task) == (folder / task.prompt).stat().st_size
+
+
+# ---- why -------------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_texts_that_lack_the_word(room: Room) -> None:
+    found = why.explain(room, "ada", TEXT, "film")
+    assert found.batches == 1
+    words = TEXT.split()
+    assert [TEXT[p.start : p.end] for p in found.pieces] == words
+    label = found.result.label
+    whole = room.classifier.classify([TEXT], "film")[0].probabilities[label]
+    for index, piece in enumerate(found.pieces):
+        without = " ".join(words[:index] + words[index + 1 :])
+        p = room.classifier.classify([without], "film")[0].probabilities[label]
+        assert piece.without == pytest.approx(p, abs=1e-6)
+        weight = math.log(whole / (1 - whole)) - math.log(p / (1 - p))
+        assert piece.weight == pytest.approx(weight, abs=1e-4)
+
+
+def test_a_long_text_is_cut_into_neighbours() -> None:
+    text = " ".join(f"w{i}" for i in range(250))
+    pieces = why.spans(text, 96)
+    assert len(pieces) == 84  # 250 words in threes
+    assert [text[a:b] for a, b in pieces[:2]] == ["w0 w1 w2", "w3 w4 w5"]
+    assert text[pieces[-1][0] : pieces[-1][1]] == "w249"
+
+
+def test_coloured_words_are_escaped_and_complete(room: Room) -> None:
+    text = 'good <script>alert("x")</script> film'
+    html = why.coloured(text, why.explain(room, "ada", text, "film"))
+    assert "<script" not in html
+    assert (
+        re.sub(r"<[^>]*>", "", html)
+        == "good &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; film"
+    )
+
+
+def test_no_word_is_told(room: Room) -> None:
+    with pytest.raises(UserError, match="no word"):
+        why.explain(room, "ada", " \n", "film")
+
+
+# ---- compare ---------------------------------------------------------------------------------
+
+
+def test_compare_reads_every_prompt_under_the_tasks_labels(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "bundle")
+    toy.add(folder, "film-from-random", ["negative", "positive"], ["bad", "good"], toy.prompt_of(3))
+    toy.add(
+        folder, "metapt", ["bad", "good"], ["bad", "good"], toy.prompt_of(4),
+        info={"method": "metapt"},
+    )  # fmt: skip
+    room = Room(Classifier(folder, threads=1))
+    assert room.names("ada") == ["film", "food"]  # starts and second prompts are no tasks
+    found = compare.compare(room, "ada", TEXT)
+    assert {task: set(row) for task, row in found.answers.items()} == {
+        "film": {"tuned", "from-random", "metapt", "random"},
+        "food": {"tuned", "metapt", "random"},
+    }
+    ids = [2 if w not in toy.WORDS else toy.word_id(w) for w in TEXT.split()]
+    ids += [toy.word_id("was"), toy.MASK, 1]
+    words = [toy.word_id(word) for word in ("awful", "nice", "great")]
+    logits = toy.oracle(ids, toy.prompt_of(4), words, "prefix")
+    odds = np.exp(logits - logits.max())
+    assert list(found.answers["food"]["metapt"].probabilities.values()) == pytest.approx(
+        (odds / odds.sum()).tolist(), abs=1e-5
+    )
+
+
+def test_a_changed_answer_is_marked_and_names_are_escaped(room: Room) -> None:
+    teach(room, "ada", "<b>side</b>")
+    found = compare.compare(room, "ada", TEXT)
+    html = compare.table(found, {})
+    assert "<b>side" not in html and "&lt;b&gt;side" in html and "changed" not in html
+    old = found.labels()
+    changed = {key: ("nix" if key == "film/tuned" else label) for key, label in old.items()}
+    html = compare.table(found, changed)
+    assert html.count("class=changed") == 1 and "was nix" in html
+
+
+def test_record_of_a_task_adds_the_same_task(room: Room) -> None:
+    task = room.bundled["food"]
+    prompt = room.classifier.bundle.read_prompt(task)
+    room.classifier.add_task("copy", record_of(task), prompt)
+    first, second = room.classifier.classify([TEXT, TEXT], ["food", "copy"])
+    assert list(first.probabilities) == list(second.probabilities)
+    assert second.score == pytest.approx(first.score, abs=1e-6)
+
+
+def test_the_bundle_on_disk_is_never_changed(room: Room) -> None:
+    folder = room.classifier.bundle.folder
+    before = (folder / "bundle.json").read_bytes()
+    teach(room, "ada", "side")
+    compare.compare(room, "ada", TEXT)
+    assert (folder / "bundle.json").read_bytes() == before
+    assert set(bundle.list_tasks(folder)) == {"film", "food"}

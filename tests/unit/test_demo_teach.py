@@ -1,0 +1,108 @@
+"""Checks of a lesson, its split, its label words, and the files of the Teach tab."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from demo.lesson import EXAMPLES
+from demo.teach import choose_words, make_lesson, parse_labels, split
+from serve.errors import UserError
+
+
+def test_labels_are_separated_by_commas_or_lines() -> None:
+    assert parse_labels(" late delivery, refund\npraise,") == ["late delivery", "refund", "praise"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "2 to 10 labels.*these are 0"),
+        ("one", "these are 1"),
+        (",".join(f"l{i}" for i in range(11)), "these are 11"),
+        ("Good, bad, good", "“Good” stands there twice"),
+        ("x" * 41 + ", y", "longer than 40"),
+    ],
+)
+def test_wrong_labels_get_a_sentence(value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_labels(value)
+
+
+def test_a_lesson_drops_doubles_and_empty_lines() -> None:
+    lesson = make_lesson(" my   task ", ["a", "b"], [["x", " x ", "", "y"], ["z", "w"]])
+    assert (lesson.name, lesson.texts, lesson.classes) == (
+        "my task", ["x", "y", "z", "w"], [0, 0, 1, 1]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "message"),
+    [
+        ("", [["x", "y"], ["z", "w"]], "name of 1 to 40"),
+        ("n" * 41, [["x", "y"], ["z", "w"]], "name of 1 to 40"),
+        ("t", [["x", "y"], ["z", "z "]], "“b” has 1 examples"),
+        ("t", [["x", "y"], ["x", "w"]], "“x” is an example of two labels"),
+        ("t", [["x", "y" * 5001], ["z", "w"]], "5,001 characters"),
+        ("t", [[f"x{i}" for i in range(399)], ["z", "w"]], "401 examples; this page takes 400"),
+    ],
+)
+def test_a_wrong_lesson_gets_a_sentence(name: str, groups: list[list[str]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_lesson(name, ["a", "b"], groups)
+
+
+def test_the_split_holds_out_a_third_of_every_class() -> None:
+    classes = [0] * 9 + [1] * 2 + [2] * 14
+    learn, held = split(classes)
+    assert sorted(learn + held) == list(range(25))
+    assert [sum(classes[i] == c for i in held) for c in range(3)] == [3, 1, 4]
+    assert split(classes) == (learn, held)
+
+
+def test_the_example_lesson_is_a_lesson() -> None:
+    lesson = make_lesson("shop", list(EXAMPLES), list(EXAMPLES.values()))
+    assert len(lesson.texts) == 42
+
+
+def test_label_words_are_single_tokens_and_all_different(tiny_t5: Path) -> None:
+    from trainer.backbone import load_backbone
+
+    backbone = load_backbone(str(tiny_t5))
+    labels = ["good", "Food service", "zq", "food"]
+    words = choose_words(backbone, labels)
+    ids = [backbone.tokenizer.encode(word, add_special_tokens=False) for word in words]
+    assert all(len(pieces) == 1 for pieces in ids)
+    assert len({pieces[0] for pieces in ids}) == 4
+    assert words[:2] == ["good", "food"]  # the label itself; the first of its words that is one
+    assert words[2] not in ("good", "food")  # "zq" is two letters: the nearest whole word
+    assert words[3] != "food"  # taken by the second label
+
+
+def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
+    import serve_toy as toy
+
+    from demo.state import Room
+    from demo.tabs.teach import fields_of_file
+    from serve.classifier import Classifier
+
+    room = Room(Classifier(toy.make_bundle(tmp_path / "bundle"), threads=1))
+    path = tmp_path / "lesson.csv"
+    path.write_text("label,text\nyes,I agree\nno,never\nyes,of\u00a0course\n")
+    assert fields_of_file(str(path), room) == (["yes", "no"], ["I agree\nof course", "never"])
+    path.write_text("text\nonly texts\n")
+    with pytest.raises(UserError, match="two columns"):
+        fields_of_file(str(path), room)
+
+
+def test_arguments_of_auth() -> None:
+    from demo.__main__ import parse_auth
+
+    assert parse_auth("") is None
+    assert parse_auth("ada:se:cret") == ("ada", "se:cret")
+    for wrong in ("ada", "ada:", ":x"):
+        with pytest.raises(UserError, match="--auth takes USER:PASSWORD"):
+            parse_auth(wrong)
