@@ -138,7 +138,7 @@ class App:
             if scope["path"] == "/classify":
                 query = protocol.parse_classify(body, self.classifier.tasks)
             else:
-                query = protocol.parse_infer(body, scope["path"].split("/")[3])
+                query = protocol.parse_infer(body, _task_in(scope["path"]))
             names = set(query.tasks)
             tasks = self._find(names)
             label = query.tasks[0] if len(names) == 1 else "mixed"
@@ -228,6 +228,14 @@ class App:
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time") from None
         return b"".join(parts)
+
+
+def _task_in(path: str) -> str:
+    """The task of `/v2/models/{task}/infer`."""
+    parts = path.split("/")
+    if len(parts) != 5:
+        raise RequestError(404, "not found")
+    return parts[3]
 
 
 def _explain(error: Exception) -> tuple[int, str, list[tuple[bytes, bytes]]]:

@@ -230,5 +230,7 @@ def metadata(task: Task) -> dict[str, Any]:
 
 
 def dump(value: Any) -> bytes:
-    """Compact UTF-8 JSON; a number that JSON has no word for is an error, not a NaN."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """Compact UTF-8 JSON; a number that JSON has no word for is an error, not a NaN. Half of a
+    surrogate pair, which a request's task or id may hold, becomes a question mark."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")

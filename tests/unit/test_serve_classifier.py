@@ -14,7 +14,7 @@ from serve.classifier import MIB, Classifier
 from serve.errors import Failure, UserError
 from serve.plan import plan
 from serve.task import Task
-from serve.tokenize import Encoded
+from serve.tokenize import Encoded, start_of
 
 TEXTS = ["the film was good", "", "a bit long and dull", "very very good film the food was awful"]
 
@@ -101,7 +101,6 @@ def test_cutting_a_huge_text_before_tokenizing_changes_nothing(folder: Path) -> 
     task = classifier.tasks["film"]
     for text in [
         "good bad " * 5000,
-        "x" * 50_000,
         "x" * 5000 + " good" * 3000,
         " " * 9000 + "good",
     ]:
@@ -110,6 +109,16 @@ def test_cutting_a_huge_text_before_tokenizing_changes_nothing(folder: Path) -> 
         got = classifier.encoder.encode([text], [task])[0]
         assert got.ids == [*whole[:room], *task.suffix_ids]
         assert got.truncated == (len(whole) > room)
+
+
+def test_a_huge_text_is_not_tokenized_without_end(folder: Path) -> None:
+    classifier = Classifier(folder, threads=1)
+    task = classifier.tasks["film"]
+    most = 8 * 24 * (classifier.encoder.room(task) + 1)
+    for character in ("x", " ", "\u0301"):
+        assert len(start_of(character * 10**6, classifier.encoder.room(task), 8)) <= most
+        got = classifier.encoder.encode([character * 10**6], [task])[0]
+        assert got.truncated and got.ids[-3:] == task.suffix_ids
 
 
 def test_special_tokens_in_a_text_are_plain_characters(folder: Path) -> None:

@@ -197,14 +197,24 @@ def test_infer_answers_400_to_binary_tensors() -> None:
         ("GET", "/v2/models/nothing/ready"),
         ("POST", "/v2/models/nothing/infer"),
         ("POST", "/v2/models/a/b/infer"),
+        ("POST", "/v2/models/film/versions/1/infer"),
+        ("POST", "/v2/models/infer"),
+        ("POST", "/v2/models//infer"),
     ],
 )
 def test_404_for_what_is_not_there(method: str, path: str) -> None:
     ask(method, path, 404, json=infer("a"))
 
 
-def test_404_for_an_unknown_task_of_classify() -> None:
-    ask("POST", "/classify", 404, json={"text": "a", "task": "nothing"})
+@pytest.mark.parametrize("name", ["nothing", "", "x" * 5000, "\ud800", "\0", "../film"])
+def test_404_for_an_unknown_task_of_classify(name: str) -> None:
+    body = json.dumps({"text": "a", "task": name}).encode()
+    assert len(ask("POST", "/classify", 404, content=body)["error"]) < 200
+
+
+def test_an_id_that_is_no_text_does_not_break_the_answer() -> None:
+    body = json.dumps(infer("good", id="\ud800")).encode()
+    assert ask("POST", "/v2/models/film/infer", 200, content=body)["id"] == "?"
 
 
 def test_405_for_a_wrong_method() -> None:
