@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from typing import Any
@@ -46,6 +47,7 @@ def serve_forever(
     disable_created_metrics()  # a second series for each counter that nobody reads
     app = App(classifier, limits, admin_token)
     listener = _listen(host, port)
+    _allow_connections()
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -61,6 +63,14 @@ def serve_forever(
     server = _Server(config, app, listener)
     with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         return runner.run(server.run_to_end())
+
+
+def _allow_connections() -> None:
+    """Raise the soft limit of open files, often 1024, so that it is not what bounds connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _CONNECTIONS if hard == resource.RLIM_INFINITY else min(2 * _CONNECTIONS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
