@@ -25,7 +25,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
 
 
 def client(address: str) -> Any:
-    return gradio_client.Client(address, verbose=False)
+    # A busy machine may take longer than the five seconds that are the default.
+    return gradio_client.Client(address, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 def test_the_endpoints_have_names_and_no_others_are_open(page: tuple[str, Any]) -> None:
