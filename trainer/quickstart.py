@@ -172,7 +172,8 @@ def _export(config: QuickstartConfig, files: Files) -> None:
     from trainer.embed import embed
     from trainer.tables import iterate_rows
 
-    prompts = [files.prompt(task, start) for task in TASKS for start in STARTS]
+    # The MetaPT start goes along: the demo compares with it, and teaches from it.
+    prompts = [files.prompt(task, start) for task in TASKS for start in STARTS] + [files.metapt]
     newest = max((prompt / "task.json").stat().st_mtime for prompt in prompts)
     ready = files.bundle / "bundle.json"
     if ready.is_file() and ready.stat().st_mtime > newest:
@@ -182,12 +183,11 @@ def _export(config: QuickstartConfig, files: Files) -> None:
     started = time.monotonic()
     names = [
         task if start == "metapt" else f"{task}-from-{start}" for task in TASKS for start in STARTS
-    ]
+    ] + ["metapt"]
     backbone = load_backbone(config.backbone)
     export_bundle(prompts, backbone, files.bundle, names=names)
     texts = [row["text"] for _, row in iterate_rows(files.clusters, ["text"])]
-    shown: dict[str, str | Path | Prompt] = {"MetaPT start": files.metapt}
-    shown |= dict(zip(names, prompts, strict=True))
+    shown: dict[str, str | Path | Prompt] = dict(zip(names, prompts, strict=True))
     # What the demo shows of how the bundle came about; the embeddings are `cluster`'s, cached.
     write_bonnet(files.bundle, files.clusters, embed(texts, quiet=True), shown, backbone)
     log.info("   %.0f s", time.monotonic() - started)
