@@ -29,8 +29,13 @@ from demo.teach import (
 )
 from serve.errors import UserError
 
-_RUNS = {"metapt": "MetaPT start", "random": "random start"}
-_COLOURS = {"MetaPT start": "#0d9488", "random start": "#d97706"}
+_COLOURS = {"MetaPT start": "#0d9488", "vocabulary start": "#0d9488", "random start": "#d97706"}
+
+
+def run_titles(room: Room) -> dict[str, str]:
+    """What the two runs are called: a bundle without a MetaPT prompt starts from words."""
+    first = "MetaPT start" if room.start("metapt") is not None else "vocabulary start"
+    return {"metapt": first, "random": "random start"}
 
 
 @dataclass
@@ -40,9 +45,9 @@ class TeachTab:
     taught: gr.Textbox  # hidden; changes to the new task's name when there is one
 
 
-def curves(steps: list[Step]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def curves(steps: list[Step], runs: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The steps as two tables to plot: loss on held-out examples, accuracy in per cent."""
-    rows = [(step.step, _RUNS[step.run], step) for step in steps]
+    rows = [(step.step, runs[step.run], step) for step in steps]
     loss = pd.DataFrame(
         [(number, run, step.validation_loss) for number, run, step in rows],
         columns=["step", "start", "loss"],
@@ -73,10 +78,10 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
     return labels, ["\n".join(groups[label]) for label in labels]
 
 
-def result_line(lessons: Lessons, served_right: int) -> str:
+def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> str:
     """What the two runs reached, in words."""
     parts = []
-    for run, title in _RUNS.items():
+    for run, title in runs.items():
         if run in lessons.prompts:
             figures = lessons.prompts[run].task.figures
             parts.append(
@@ -92,12 +97,13 @@ def result_line(lessons: Lessons, served_right: int) -> str:
 
 def build(room: Room) -> TeachTab:
     """Build the tab in the Blocks that is open."""
+    runs = run_titles(room)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.Markdown(
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
-        "prompt is tuned on two thirds of them and tested on the rest, once from the MetaPT start "
-        "and once from random numbers. It is served in every tab at once, to you alone, until you "
-        "close the page.",
+        "prompt is tuned on two thirds of them and tested on the rest, once from the "
+        f"{runs['metapt']} and once from random numbers. It is served in every tab at once, to you "
+        "alone, until you close the page.",
         elem_classes="lead",
     )
     with gr.Row():
@@ -197,9 +203,9 @@ def build(room: Room) -> TeachTab:
                 if item is None:
                     continue
                 steps.append(item)
-                curve, points = curves(steps)
+                curve, points = curves(steps, runs)
                 line = (
-                    f"{_RUNS[item.run]}, step {item.step}: held-out accuracy {item.accuracy:.0%}, "
+                    f"{runs[item.run]}, step {item.step}: held-out accuracy {item.accuracy:.0%}, "
                     f"loss {item.validation_loss:.2f}"
                 )
                 skip = gr.skip()
@@ -219,7 +225,7 @@ def build(room: Room) -> TeachTab:
         path = write_zip(lessons.prompts["metapt"])
         yield (
             f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
-            + result_line(lessons, right),
+            + result_line(lessons, right, runs),
             *[gr.skip()] * 2,
             gr.update(value=path, visible=True),
             lesson.name,
