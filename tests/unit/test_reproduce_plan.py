@@ -84,6 +84,11 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
     assert settings_hash(make_plan(base, moved)[0].settings) != name
 
 
+def test_the_template_alone_runs_once_for_all_seeds() -> None:
+    plan = make_plan(ReproduceConfig(what="table1", methods=["words"], tasks=["sst2"]), FACTS)
+    assert len(plan) == 5 and len({settings_hash(run.settings) for run in plan}) == 1
+
+
 def test_hash_is_the_sha256_of_sorted_json() -> None:
     import hashlib
 

@@ -155,7 +155,7 @@ def _name(settings: Settings) -> str:
         return f"start {settings['method']} [{settings['mode']}]"
     start = settings.get("start")
     method = start["method"] if start else settings["method"]
-    return f"{method} {settings['task']} seed {settings['seed']}"
+    return f"{method} {settings['task']} seed {settings.get('seed', '-')}"
 
 
 def finished(plan: list[Run], store: Store) -> list[Done]:

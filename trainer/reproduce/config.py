@@ -8,6 +8,7 @@ from serve.cli import option
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
+EXTRA_METHODS = ("words",)  # on request: the template alone, without a prompt or a sample
 CLUSTERINGS = ("kmeans", "lda", "random", "label")
 
 
@@ -24,7 +25,9 @@ class ReproduceConfig:
     out: str = option("runs/reproduce", help="folder of the runs, starts, tables and plots")
     backbone: str = option("mini", help="any T5: a Hugging Face id, a folder, or mini")
     tasks: list[str] = option([], help="any subset (default: the paper's for this table)")
-    methods: list[str] = option([], help="rows of table 1 and figure 2 (default: all of them)")
+    methods: list[str] = option(
+        [], help="rows (default: the paper's, and SetFit); words is the template alone"
+    )
     seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)")
     modes: list[str] = option(["full"], help="attention modes; full is the paper's")
     data_dir: str | None = option(None, help="a folder of task files in place of the hub")

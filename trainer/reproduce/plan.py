@@ -12,16 +12,18 @@ from typing import Any
 
 from serve.errors import UserError
 from trainer.modes import steer
-from trainer.reproduce.config import CLUSTERINGS, METHODS, ReproduceConfig
+from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
 from trainer.tasks import PAPER_TASKS, get_task
 
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
     "metapt-y": "MetaPT(Y)", "setfit": "SetFit (all-MiniLM-L6-v2)",
+    "words": "template alone",
 }  # fmt: skip
 CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label": "label"}
 
+_NO_PROMPT = ("ft", "setfit", "words")
 SAMPLES = tuple(10 * 2**i for i in range(9))  # figure 2: 10 ... 2,560
 SOURCE_SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # figure 3a; cut to what there is
 CLUSTER_COUNTS = (3, 6, 10, 15, 20, 25, 30)  # figure 3b
@@ -86,18 +88,18 @@ def methods_of(config: ReproduceConfig) -> list[str]:
         "figure4": (),
     }[config.what]  # fmt: skip
     standard = {"figure2": ("ft", "ppt", "metapt")}.get(config.what, allowed)
+    extra = EXTRA_METHODS if config.what == "table1" else ()
     for name in config.methods:
-        if name not in allowed:
-            raise UserError(
-                f"--methods {name}: {config.what} has {', '.join(allowed) or 'no methods'}"
-            )
+        if name not in (*allowed, *extra):
+            known = ", ".join((*allowed, *extra)) or "no methods"
+            raise UserError(f"--methods {name}: {config.what} has {known}")
     return list(config.methods or standard)
 
 
 def sources_needed(config: ReproduceConfig) -> list[str]:
     """Names of the sources that the rows train on."""
     methods = methods_of(config)
-    needed = [] if set(methods) <= {"ft", "pt", "setfit", "metapt-y"} else ["text"]
+    needed = [] if set(methods) <= {"ft", "pt", "setfit", "metapt-y", "words"} else ["text"]
     if config.what == "figure4":
         needed = ["text"]
     return needed + (["yelp"] if "metapt-y" in methods else [])
@@ -146,9 +148,12 @@ def _cell(
     start: Settings | None, train: int,
 ) -> Settings:  # fmt: skip
     settings: Settings = {
-        "kind": "cell", "method": method, "task": task, "data": facts.data[task], "seed": seed,
-        "train": train, "limit_eval": config.limit_eval,
+        "kind": "cell", "method": method, "task": task, "data": facts.data[task],
+        "limit_eval": config.limit_eval,
     }  # fmt: skip
+    if method == "words":  # neither samples nor a seed: one run for all
+        return {**settings, "backbone": facts.backbone, "max_tokens": config.max_tokens}
+    settings |= {"seed": seed, "train": train}
     if method == "setfit":
         return {**settings, "encoder": config.encoder or "default"}
     settings |= {
@@ -216,14 +221,14 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
     runs = []
     for row, method, x, source in _variants(config, facts):
         train = x if config.what == "figure2" else config.train
-        for mode in config.modes if method not in ("ft", "setfit") else [""]:
+        for mode in config.modes if method not in _NO_PROMPT else [""]:
             start: Settings | None = None
             if method == "pt":
                 start = {"method": "random"}
             elif source is not None:
                 kind = "ppt" if method == "ppt" else "metapt"
                 start = _start(config, facts, kind, mode, source)
-            way = method if method in ("ft", "setfit") else "tune"
+            way = method if method in _NO_PROMPT else "tune"
             runs += [
                 Run(row, mode, task, seed, x,
                     _cell(config, facts, way, mode, task, seed, start, train))

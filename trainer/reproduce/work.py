@@ -116,11 +116,14 @@ def run_start(settings: Settings, where: Surroundings) -> None:
 def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
     """Tune on the samples of the seed and evaluate; returns accuracy, macro-F1 and more."""
     task = get_task(settings["task"])
-    pool = _examples(task.name, "train", where.data_dir)
     test = _examples(task.name, "test", where.data_dir)
     if settings["limit_eval"]:
         test = test.sample(settings["limit_eval"], 0)
     method = settings["method"]
+    if method == "words":
+        backbone = _frozen(where.backbone, where.device)
+        return _measure(backbone, _record(task, "none", settings["max_tokens"]), {}, test)
+    pool = _examples(task.name, "train", where.data_dir)
     held = int(settings.get("validation") or settings["train"])  # SetFit takes none
     chosen = draw_few_shot(pool, settings["seed"], settings["train"], held, task.classes)
     train, validation = pool.take(chosen[0]), pool.take(chosen[1])
