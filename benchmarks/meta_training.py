@@ -12,7 +12,8 @@ same prompt, over the same frozen weights:
   back-propagated. Frozen weights take no gradients on this side either, each task is padded to its
   own longest text, and in mode `prefix` the model gets the same mask as a 4-D attention mask.
 
-Equal gradients are shown first, in float32 and float64, then both sides are timed in turn in one
+Equal gradients are shown first, in float64 (to 1e-6; it is some 1e-14) and float32 (to the rounding
+of float32, which a deep double backward makes some 1e-6), then both sides are timed in turn in one
 run; medians are reported. Random weights: time does not depend on their values.
 """
 
@@ -25,12 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from serve.files import atomic_write, write_json
 from trainer.meta import ScoreFn, Stages, outer_gradient
@@ -48,6 +51,7 @@ GEOMETRIES = {
 DECODER_IDS = (0, 5)  # start and blank; which ids they are does not matter here
 WORDS = (11, 12, 13, 14, 15)
 INNER_RATE = 0.08
+CHECKS = ("float64", "float32", "rounding")
 PARITY_TASKS = 3  # of the check that both sides agree: more tell no more
 
 
@@ -202,19 +206,40 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
     return float((first.double() - second.double()).norm() / second.double().norm())
 
 
+def _norm(layer: T5LayerNorm, hidden: Tensor) -> Tensor:
+    """T5's norm in the precision that it is given."""
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + layer.variance_epsilon)
+    return layer.weight * (hidden * scale)
+
+
 def parity(name: str, mode: str, setting: Setting) -> dict[str, float]:
-    """Relative difference of the two gradients, in float32 and float64, over a few tasks."""
+    """Relative differences of the gradients, over a few tasks.
+
+    transformers' norm takes its mean of squares in float32 whatever it is given, so float64 would
+    be compared with float32; for this check alone it is float64 throughout.
+
+    Returns:
+        float64, float32: our gradient against the loop's; rounding: the loop's float32 gradient
+        against its own float64 one, which is what float32 leaves of it.
+    """
     setting = replace(setting, tasks=min(PARITY_TASKS, setting.tasks))
-    found = {}
+    found: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     for dtype in (torch.float32, torch.float64):
         model = make_model(name, dtype)
         prompt = make_prompt(model, setting.prompt_tokens)
-        sides = (
-            Batched(model, mode, setting).step(prompt),
-            Loop(model, mode, setting).step(prompt),
-        )
-        found[str(dtype).removeprefix("torch.")] = relative_difference(*sides)
-    return found
+        with mock.patch.object(T5LayerNorm, "forward", _norm):
+            ours, loop = Batched(model, mode, setting), Loop(model, mode, setting)
+            found[dtype] = ours.step(prompt), loop.step(prompt)
+    return {
+        "float64": relative_difference(*found[torch.float64]),
+        "float32": relative_difference(*found[torch.float32]),
+        "rounding": relative_difference(found[torch.float32][1], found[torch.float64][1]),
+    }
+
+
+def equal(found: dict[str, float]) -> bool:
+    """Whether the gradients are the same but for rounding."""
+    return found["float64"] < 1e-6 and found["float32"] < max(1e-6, 10 * found["rounding"])
 
 
 def time_in_turn(
@@ -270,8 +295,8 @@ def as_table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
         "| geometry | mode | loop, s | batched, s | times faster | range | by CPU time | "
-        "by operations | gradient difference, float32 | float64 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "by operations | gradient difference, float64 | float32 | float32's own rounding |",
+        "|" + "---|" * 11,
     ]
     for row in results:
         low, high = row["speedup_range"]
@@ -279,7 +304,8 @@ def as_table(results: list[dict[str, Any]]) -> str:
             f"| {row['geometry']} | {row['mode']} | {row['seconds']['loop']:.3f} | "
             f"{row['seconds']['batched']:.3f} | {row['speedup']:.2f} | {low:.2f} … {high:.2f} | "
             f"{row['cpu_speedup']:.2f} | {row['fewer_operations']:.2f} | "
-            f"{row['parity']['float32']:.1e} | {row['parity']['float64']:.1e} |"
+            + (" | ".join(f"{row['parity'][key]:.1e}" for key in CHECKS) if row["parity"] else "||")
+            + " |"
         )
     return "\n".join(lines) + "\n"
 
@@ -303,13 +329,11 @@ def main() -> None:
     results = []
     for name in given.geometry:
         for mode in given.modes:
-            nothing = {"float32": float("nan"), "float64": float("nan")}
-            equal = nothing if given.no_parity else parity(name, mode, setting)
-            # 1e-6 is asked of the method; float32 rounds a deep double backward by some more.
-            if not given.no_parity and (equal["float64"] > 1e-6 or equal["float32"] > 1e-4):
-                raise SystemExit(f"{name} {mode}: gradients differ by {equal}")
+            check = None if given.no_parity else parity(name, mode, setting)
+            if check is not None and not equal(check):
+                raise SystemExit(f"{name} {mode}: gradients differ by {check}")
             result = measure(name, mode, setting, given.repeats, given.device)
-            results.append({"geometry": name, "mode": mode, "parity": equal, **result})
+            results.append({"geometry": name, "mode": mode, "parity": check, **result})
             print(as_table(results[-1:]).splitlines()[-1], flush=True)
     out = Path(given.out)
     settings = {**vars(given), "torch": torch.__version__}
