@@ -1,0 +1,317 @@
+"""What a prompt costs when it is served: PEFT, a seq2seq ONNX export, and this project's graphs.
+
+    python -m benchmarks.serving --geometry small --work runs/serving --out runs/serving.json
+
+Fairness: all sides run in one process on the same threads, in turn, round after round; a figure is
+the median over rounds, a ratio the median of the rounds' own ratios, so that what else the machine
+does meanwhile falls on both sides. Before anything is timed, each side's answers are proved:
+
+- `peft` (prompt tuning, 100 virtual tokens, one `generate` step after `[pad, <extra_id_0>]`, the
+  fewest it can take) against the bundle in mode `full`, which computes the same function;
+- `seq2seq` (the Hugging Face model traced to ONNX, run on ids of the same total length, prompt
+  positions included) against torch;
+- the bundle in mode `prefix` against the trainer's torch forward pass, row by row.
+
+Text is given as token ids on every side. The floor is the multiply-adds of the encoder on the text
+alone, divided by the rate of a 2048^3 fp32 product in the same round (the faster of torch's and
+onnxruntime's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.meta_training import GEOMETRIES
+from benchmarks.random_t5 import write_random_t5
+from exporter.export import export_bundle
+from exporter.trace import to_onnx
+from exporter.verify import Slot, reference
+from serve.classifier import Classifier
+from serve.tokenize import Encoded
+from trainer.backbone import Backbone, backbone_folder, load_backbone
+from trainer.prompt import Prompt, TaskRecord, save_prompt
+
+TOKENS = 100  # of the prompt
+TASKS = 32
+WORDS = ["good", "bad"]
+SHAPES = [(32, 24), (1, 24), (8, 128)]
+SQUARE = 2048
+
+Side = Callable[[], Any]
+
+
+def prepare(geometry: str, work: Path) -> Backbone:
+    """The backbone, its prompts and the two bundles under `work`, made where they are missing."""
+    if geometry != "mini" and not (work / "t5").is_dir():
+        write_random_t5(work / "t5", geometry, backbone_folder("mini"))
+    backbone = load_backbone("mini" if geometry == "mini" else str(work / "t5"))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 16000, (TASKS, TOKENS), generator=generator)
+    vectors = backbone.t5.model.shared.weight[rows]
+    for mode, count, precisions in (("prefix", TASKS, ("fp32", "int8")), ("full", 1, ("fp32",))):
+        prompts = [
+            Prompt({"prompt_embeddings": vectors[i].clone()},
+                   TaskRecord(f"task{i}", ["p", "n"], WORDS, mode=mode))
+            for i in range(count)
+        ]  # fmt: skip
+        if mode == "full" and not (work / "prompt").is_dir():
+            save_prompt(prompts[0], work / "prompt", backbone)
+        if not (work / mode).is_dir():
+            export_bundle(prompts, backbone, work / mode, precisions=precisions)
+    return backbone
+
+
+def peft_side(backbone: Backbone, work: Path) -> Callable[[torch.Tensor], np.ndarray]:
+    """PEFT's prompt tuning: ids [B, S] -> scores [B, C] of the label words."""
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    # With the library's own default attention, not the eager one that training needs.
+    model = T5ForConditionalGeneration.from_pretrained(backbone.folder, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(model, str(work / "prompt")).eval()
+    words = backbone.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    columns = [pieces[0] for pieces in words]
+
+    def answer(ids: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            out = tuned.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                decoder_input_ids=backbone.decoder_ids.expand(len(ids), -1),
+                max_new_tokens=1,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.logits[0][:, columns].numpy()
+
+    return answer
+
+
+class _Seq2Seq(torch.nn.Module):
+    """The Hugging Face model as exported without knowledge of prompts or labels."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+        return self.model(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
+        ).logits
+
+
+def seq2seq_side(backbone: Backbone, work: Path, threads: int) -> Callable[[np.ndarray], Any]:
+    """The whole model traced to ONNX: ids [B, P + S] -> logits [B, 2, V]."""
+    path = work / "seq2seq.onnx"
+    if not path.is_file():
+        rows, length = torch.export.Dim("B"), torch.export.Dim("S")
+        axes = ({0: rows, 1: length}, {0: rows, 1: length}, {0: rows})
+        ids = torch.ones(3, 11, dtype=torch.long)
+        model = _Seq2Seq(backbone.t5.model)
+        given = (ids, torch.ones_like(ids), backbone.decoder_ids.expand(3, -1).contiguous())
+        onnx.save(to_onnx(model, given, ["ids", "mask", "decoder"], ["logits"], axes), str(path))
+    session = open_session(str(path), threads)
+    decoder = backbone.decoder_ids.numpy()[None]
+
+    def answer(ids: np.ndarray) -> np.ndarray:
+        feed = {"ids": ids, "mask": np.ones_like(ids), "decoder": decoder.repeat(len(ids), 0)}
+        return session.run(None, feed)[0]
+
+    return answer
+
+
+def open_session(model: str | bytes, threads: int) -> ort.InferenceSession:
+    """A CPU session on so many threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def product_sides(threads: int) -> list[Side]:
+    """A large fp32 product in torch and in onnxruntime."""
+    values = np.random.default_rng(0).standard_normal((2, SQUARE, SQUARE), np.float32)
+    left, right = torch.from_numpy(values)
+    info = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [SQUARE, SQUARE]) for name in "xy"
+    ]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph(
+        [node], "g", info[:1], info[1:], [numpy_helper.from_array(values[1], "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = open_session(model.SerializeToString(), threads)
+    return [lambda: left @ right, lambda: session.run(None, {"x": values[0]})]
+
+
+def text_flops(backbone: Backbone, rows: int, length: int) -> float:
+    """Operations (2 a multiply-add) of the encoder on the text alone: products and attention."""
+    config, t5 = backbone.t5.model.config, backbone.t5
+    inner = t5.heads * t5.head_width
+    wide = config.d_ff * (3 if config.is_gated_act else 2)
+    per_token = 2 * t5.width * (4 * inner + wide)
+    attention = 2 * 2 * inner * length
+    return float(t5.layers * rows * length * (per_token + attention))
+
+
+def rows_of(classifier: Classifier, ids: np.ndarray, tasks: int) -> list[Encoded]:
+    """Ids as the classifier's rows; row i is of task i modulo `tasks`."""
+    known = list(classifier.tasks.values())
+    return [Encoded(row, False, known[i % tasks]) for i, row in enumerate(ids.tolist())]
+
+
+def timed(side: Side) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    side()
+    return time.perf_counter() - start
+
+
+def prove(
+    backbone: Backbone,
+    sides: dict[str, Side],
+    ids: np.ndarray,
+    prompts: list[dict[str, torch.Tensor]],
+    columns: list[int],
+) -> dict[str, float]:
+    """The largest differences of logits between sides that must agree; see the module's text."""
+    full, peft = sides["full fp32"](), sides["peft"]()
+    expected = np.stack(
+        [
+            reference(backbone, "prefix", Slot(prompts[i % TASKS], columns), row)
+            for i, row in enumerate(ids.tolist())
+        ]
+    )
+    mixed = sides[f"prefix fp32, {TASKS} tasks"]()
+    return {
+        "peft against full": float(np.abs(peft - full).max()),
+        "prefix against torch": float(np.abs(mixed - expected).max()),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All shapes; a JSON-ready report."""
+    torch.set_num_threads(arguments.threads)
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    backbone = prepare(arguments.geometry, work)
+    threads, config = arguments.threads, backbone.t5.model.config
+    fp32 = Classifier(work / "prefix", threads=threads)
+    int8 = Classifier(work / "prefix", "int8", threads=threads)
+    full = Classifier(work / "full", threads=threads)
+    peft = peft_side(backbone, work)
+    seq2seq = seq2seq_side(backbone, work, threads) if arguments.seq2seq else None
+    products = product_sides(threads)
+    columns = next(iter(fp32.tasks.values())).word_ids
+    prompts = [
+        {"prompt_embeddings": torch.from_numpy(
+            fp32._bundle.read_prompt(task)["prompt_embeddings"])}
+        for task in fp32.tasks.values()
+    ]  # fmt: skip
+    random = np.random.default_rng(0)
+    report: dict[str, Any] = {
+        "geometry": arguments.geometry, "threads": threads, "repeats": arguments.repeats,
+        "prompt_tokens": TOKENS, "shapes": {},
+    }  # fmt: skip
+    for rows, length in SHAPES:
+        ids = random.integers(3, min(16000, config.vocab_size), (rows, length))
+        long = random.integers(3, min(16000, config.vocab_size), (rows, TOKENS + length))
+        tensor = torch.from_numpy(ids)
+        sides: dict[str, Side] = {
+            "peft": lambda tensor=tensor: peft(tensor),
+            "full fp32": lambda ids=ids: full.logits(rows_of(full, ids, 1)),
+        }
+        for name, classifier in (("fp32", fp32), ("int8", int8)):
+            for tasks, kind in ((1, "one task"), (TASKS, f"{TASKS} tasks")):
+                batch = rows_of(classifier, ids, tasks)
+                sides[f"prefix {name}, {kind}"] = lambda c=classifier, b=batch: c.logits(b)
+        proof = prove(backbone, sides, ids, prompts, columns)
+        if seq2seq is not None:
+            sides["seq2seq"] = lambda long=long: seq2seq(long)
+            decoder = backbone.decoder_ids.expand(rows, -1)
+            with torch.inference_mode():
+                want = backbone.t5.model(
+                    input_ids=torch.from_numpy(long), decoder_input_ids=decoder
+                )
+            gap = np.abs(sides["seq2seq"]() - want.logits.numpy()).max()
+            proof["seq2seq against torch"] = float(gap)
+        if max(proof.values()) > 1e-3:
+            raise SystemExit(f"the sides disagree, nothing was timed: {proof}")
+        samples: dict[str, list[float]] = {name: [] for name in [*sides, "floor"]}
+        for _ in range(arguments.repeats):
+            best = min(timed(product) for product in products for _ in range(2))
+            rate = 2 * SQUARE**3 / best
+            samples["floor"].append(text_flops(backbone, rows, length) / rate)
+            for name, side in sides.items():
+                # A short call is repeated within its turn; the best call of a turn counts.
+                calls = 1 if name == "peft" and rows > 1 else 3
+                samples[name].append(min(timed(side) for _ in range(calls)))
+        report["shapes"][f"{rows}x{length}"] = {
+            "proof": proof, "seconds": samples, "summary": summary(samples)
+        }  # fmt: skip
+        print_table(f"{rows} x {length}", report["shapes"][f"{rows}x{length}"])
+    return report
+
+
+def summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Per side the median in milliseconds, and medians of the rounds' ratios."""
+    result = {}
+    for name, values in samples.items():
+        ratio = lambda other, mine=values: statistics.median(  # noqa: E731
+            a / b for a, b in zip(samples[other], mine, strict=True)
+        )
+        result[name] = {
+            "ms": 1e3 * statistics.median(values),
+            "times_faster_than_peft": ratio("peft"),
+            "times_the_floor": 1 / ratio("floor"),
+        }
+        if "seq2seq" in samples:
+            result[name]["times_faster_than_seq2seq"] = ratio("seq2seq")
+    for name in ("fp32", "int8"):
+        one, many = samples[f"prefix {name}, one task"], samples[f"prefix {name}, {TASKS} tasks"]
+        result[f"prefix {name}, {TASKS} tasks"]["times_one_task"] = statistics.median(
+            b / a for a, b in zip(one, many, strict=True)
+        )
+    return result
+
+
+def print_table(title: str, shape: dict[str, Any]) -> None:
+    """One shape as Markdown."""
+    print(f"\n{title}, largest differences: {shape['proof']}\n")
+    print("| side | ms | against PEFT | against the floor |\n|---|---|---|---|")
+    for name, figures in shape["summary"].items():
+        print(
+            f"| {name} | {figures['ms']:.1f} | {figures['times_faster_than_peft']:.1f}x | "
+            f"{figures['times_the_floor']:.2f} |"
+        )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--geometry", choices=["mini", *sorted(GEOMETRIES)], default="small")
+    parser.add_argument("--work", required=True, help="folder for the model and the bundles")
+    parser.add_argument("--out", required=True, help="JSON file for all figures")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seq2seq", action="store_true", help="also a plain ONNX export")
+    arguments = parser.parse_args()
+    report = measure(arguments)
+    Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
