@@ -7,9 +7,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from serve.errors import Failure, UserError
 from trainer.pretraining.losses import Auxiliary, batch_loss
 from trainer.pretraining.mixture import Mixture
 from trainer.pretraining.model import new_model, save_backbone
+from trainer.pretraining.parallel import Workers
 from trainer.pretraining.recipe import COLUMNS
 from trainer.pretraining.shards import Pool
 from trainer.pretraining.train import LATER, Schedule, initial_prompts, train
@@ -79,8 +81,6 @@ def test_resume_equals_uninterrupted_run(tokenizer: Tokenizer, tmp_path: Path) -
 def test_gradient_of_processes_is_the_mean_of_their_batches(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    from trainer.pretraining.parallel import Workers
-
     def gradient(workers: int, steps: list[int]) -> torch.Tensor:
         t5, auxiliary, mixture = setting(tokenizer)
 
@@ -164,3 +164,22 @@ def test_saved_folder_is_an_ordinary_t5(tokenizer: Tokenizer, tmp_path: Path) ->
         ours = t5.model(**inputs, decoder_input_ids=torch.tensor([[0, 3]])).logits
         theirs = model(**inputs, decoder_input_ids=torch.tensor([[0, 3]])).logits
     torch.testing.assert_close(theirs, ours, atol=5e-3, rtol=5e-3)  # stored in 16 bits
+
+
+def test_a_process_that_fails_ends_the_step() -> None:
+    module = torch.nn.Linear(2, 2)
+
+    def compute(rank: int, step: int, done: float) -> list[float]:
+        if rank == 1:
+            raise SystemExit(3)
+        return [0.0] * 5
+
+    team = Workers([module], compute, 2)
+    with pytest.raises(Failure, match="--resume"):
+        team.step(0, 0.0)
+
+
+def test_unlabelled_recipe_is_refused(tokenizer: Tokenizer) -> None:
+    plain = {"windows": pools()["windows"]}
+    with pytest.raises(UserError, match="polarity"):
+        Mixture(plain, tokenizer, 200, seed=3)

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from serve.errors import UserError
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL, corrupt
 from trainer.pretraining.shards import Pool
 from trainer.pretraining.wordings import QUESTIONS, SENTINEL, TEMPLATE, Question
@@ -141,6 +142,8 @@ class Mixture:
                 self.index[question.column, c] = self._indexed(question.column, c)
         names = {q.name for q in QUESTIONS if self._usable(q)}
         self.questions = [q for q in QUESTIONS if q.name in names]
+        if "polarity" not in names:
+            raise UserError("no labelled set has both classes of `polarity`: add one to the recipe")
         self.tasks_of = {n: [t for t in self.tasks if t.question.name == n] for n in names}
 
     def _usable(self, question: Question) -> bool:
@@ -240,8 +243,12 @@ class Mixture:
 
     def _opinion(self, rng: np.random.Generator) -> SoftTask:
         """A label-word set whose meaning fits the template: what a user would ask."""
-        tasks = [t for t in self.tasks if t.question.name in ("polarity", "tone", "stars")
-                 and t.names in t.question.words]  # fmt: skip
+        tasks = [
+            task
+            for name in ("polarity", "tone", "stars")
+            for task in self.tasks_of.get(name, [])
+            if task.names in task.question.words
+        ]
         return tasks[rng.integers(len(tasks))]
 
     def _soft(self, kind: str, band: int, rng: np.random.Generator) -> Batch:

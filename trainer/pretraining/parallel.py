@@ -61,13 +61,19 @@ class Workers:
     def _serve(self, rank: int) -> None:
         torch.set_num_threads(1)
         self._attach(rank)
-        while True:
-            self.barrier.wait()
-            step, done = self.control.tolist()
-            if step < 0:
-                return
-            self._compute(rank, int(step), done)
-            self.barrier.wait()
+        try:
+            while True:
+                self.barrier.wait()
+                step, done = self.control.tolist()
+                if step < 0:
+                    return
+                self._compute(rank, int(step), done)
+                self.barrier.wait()
+        except BrokenBarrierError:
+            return  # another process failed and says why
+        except BaseException:
+            self.barrier.abort()  # or the others would wait for this one
+            raise
 
     def _compute(self, rank: int, step: int, done: float) -> None:
         self.gradients[rank].zero_()
@@ -78,7 +84,12 @@ class Workers:
         [count, METRICS]. Raises Failure if a process died."""
         self.control[0], self.control[1] = step, done
         self._meet()
-        self._compute(0, step, done)
+        try:
+            self._compute(0, step, done)
+        except BaseException:
+            if self.count > 1:
+                self.barrier.abort()
+            raise
         self._meet()
         for rank in range(1, self.count):
             self.gradients[0] += self.gradients[rank]

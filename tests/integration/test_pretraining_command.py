@@ -1,0 +1,77 @@
+"""`python -m trainer backbone` from raw files to a folder that the toolkit loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from trainer.backbone import load_backbone
+
+GOOD = "lovely charming superb touching bright honest".split()
+BAD = "dull clumsy noisy tedious lifeless shallow".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    texts, labels = [], []
+    for i in range(200):
+        words = BAD if i % 2 else GOOD
+        chosen = " and ".join(rng.choice(words, 4))
+        texts.append(f"The story is {chosen} from the first scene on.")
+        labels.append(1 - i % 2)
+    pq.write_table(pa.table({"text": texts, "label": labels}), folder / "reviews.parquet")
+    lines = [f"Station {i} lies on the river. It opened in {1800 + i}. Trains stop there. "
+             f"The town has {i} houses." for i in range(60)]  # fmt: skip
+    pq.write_table(pa.table({"text": lines}), folder / "plain.parquet")
+    pq.write_table(pa.table({"text": texts[:1]}), folder / "held.parquet")
+    (folder / "recipe.toml").write_text(
+        'held_out = ["held.parquet"]\n'
+        '[[labelled]]\nname = "reviews"\nfile = "reviews.parquet"\n'
+        'columns = { polarity = ["label", { 0 = 0, 1 = 1 }] }\n'
+        '[[plain]]\nfile = "plain.parquet"\ndocuments = 60\n'
+    )
+    return folder
+
+
+def backbone(data: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "trainer", "backbone", "--data-dir", str(data),
+        "--labelled", str(data / "recipe.toml"), "--shards", str(folder / "shards"),
+        "--out", str(folder / "tiny"), "--width", "32", "--heads", "4", "--layers", "2",
+        "--feed-forward", "64", "--vocab-size", "500", "--batch-tokens", "200", *flags,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
+    done = backbone(data, tmp_path, "--prepare")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "tiny").exists()
+    done = backbone(data, tmp_path, "--steps", "3", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and "min left" in done.stderr
+    loaded = load_backbone(str(tmp_path / "tiny"))
+    assert loaded.t5.width == 32 and loaded.tokenizer.eos_token_id == 1
+    with safe_open(tmp_path / "tiny" / "model.safetensors", "pt") as file:
+        assert {str(file.get_tensor(k).dtype) for k in file.keys()} == {"torch.float16"}  # noqa: SIM118
+    again = backbone(data, tmp_path, "--steps", "5", "--workers", "2")
+    assert again.returncode == 2 and "--resume" in again.stderr
+    more = backbone(data, tmp_path, "--steps", "5", "--workers", "2", "--resume")
+    assert more.returncode == 0, more.stderr
+    with safe_open(tmp_path / "tiny.run" / "state.safetensors", "pt") as file:
+        assert '"step": 5' in file.metadata()["progress"]
+
+
+def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:
+    done = backbone(data / "nowhere", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "recipe" in done.stderr
