@@ -49,7 +49,7 @@ class QuickstartConfig:
     sentences: int = option(800, help="pseudo-labelled sentences kept of each class", minimum=50)
     clusters: int = option(6, help="K-means clusters (the paper's 10)", minimum=2)
     meta_steps: int = option(40, help="outer steps of MetaPT (the paper's 20,000)", minimum=1)
-    epochs: int = option(40, help="epochs of each tuning (the paper's 200)", minimum=1)
+    epochs: int = option(30, help="epochs of each tuning (the paper's 200)", minimum=1)
     test_rows: int = option(400, help="rows of each task that are classified", minimum=10)
     seed: int = option(1, help="seed of every random draw", minimum=0)
     device: str = option("auto", help="auto, cpu or cuda, for the training")
