@@ -12,6 +12,9 @@ does meanwhile falls on both sides. Before anything is timed, each side's answer
   positions included) against torch;
 - the bundle in mode `prefix` against the trainer's torch forward pass, row by row.
 
+With `--cpu` everything runs on one thread and its CPU time counts: on a machine that does other
+work the ratios then still hold, where wall time would measure the neighbours.
+
 Text is given as token ids on every side. The floor is the multiply-adds of the encoder on the text
 alone, divided by the rate of a 2048^3 fp32 product in the same round (the faster of torch's and
 onnxruntime's).
@@ -173,11 +176,11 @@ def rows_of(classifier: Classifier, ids: np.ndarray, tasks: int) -> list[Encoded
     return [Encoded(row, False, known[i % tasks]) for i, row in enumerate(ids.tolist())]
 
 
-def timed(side: Side) -> float:
+def timed(side: Side, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     side()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def prove(
@@ -204,6 +207,9 @@ def prove(
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All shapes; a JSON-ready report."""
+    if arguments.cpu:
+        arguments.threads = 1  # one thread's clock sees the work of that thread only
+    clock = time.thread_time if arguments.cpu else time.perf_counter
     torch.set_num_threads(arguments.threads)
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -223,10 +229,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     random = np.random.default_rng(0)
     report: dict[str, Any] = {
-        "geometry": arguments.geometry, "threads": threads, "repeats": arguments.repeats,
-        "prompt_tokens": TOKENS, "shapes": {},
+        "geometry": arguments.geometry, "threads": threads, "cpu_time": arguments.cpu,
+        "repeats": arguments.repeats, "prompt_tokens": TOKENS, "shapes": {},
     }  # fmt: skip
-    for rows, length in SHAPES:
+    for shape in arguments.shapes:
+        rows, length = map(int, shape.split("x"))
         ids = random.integers(3, min(16000, config.vocab_size), (rows, length))
         long = random.integers(3, min(16000, config.vocab_size), (rows, TOKENS + length))
         tensor = torch.from_numpy(ids)
@@ -252,17 +259,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"the sides disagree, nothing was timed: {proof}")
         samples: dict[str, list[float]] = {name: [] for name in [*sides, "floor"]}
         for _ in range(arguments.repeats):
-            best = min(timed(product) for product in products for _ in range(2))
+            best = min(timed(product, clock) for product in products for _ in range(2))
             rate = 2 * SQUARE**3 / best
             samples["floor"].append(text_flops(backbone, rows, length) / rate)
             for name, side in sides.items():
                 # A short call is repeated within its turn; the best call of a turn counts.
                 calls = 1 if name == "peft" and rows > 1 else 3
-                samples[name].append(min(timed(side) for _ in range(calls)))
-        report["shapes"][f"{rows}x{length}"] = {
+                samples[name].append(min(timed(side, clock) for _ in range(calls)))
+        report["shapes"][shape] = {
             "proof": proof, "seconds": samples, "summary": summary(samples)
         }  # fmt: skip
-        print_table(f"{rows} x {length}", report["shapes"][f"{rows}x{length}"])
+        print_table(f"{rows} x {length}", report["shapes"][shape])
     return report
 
 
@@ -307,6 +314,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON file for all figures")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cpu", action="store_true", help="CPU time of one thread, see above")
+    parser.add_argument("--shapes", nargs="+", default=[f"{b}x{s}" for b, s in SHAPES])
     parser.add_argument("--seq2seq", action="store_true", help="also a plain ONNX export")
     arguments = parser.parse_args()
     report = measure(arguments)
