@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from demo.teach import (
 )
 from serve.errors import UserError
 
+_REDRAW = 0.7  # seconds between two drawings of the curves, which cost a browser more than a step
 _COLOURS = {"MetaPT start": "#0d9488", "vocabulary start": "#0d9488", "random start": "#d97706"}
 
 
@@ -194,7 +196,7 @@ def build(room: Room) -> TeachTab:
             yield idle(gr.skip(), error)
             return
         visitor.cancel.clear()
-        lessons, steps, early = Lessons(), [], False
+        lessons, steps, early, drawn = Lessons(), [], False, 0.0
         hide = gr.update(visible=False)
         yield ("Loading the backbone …", hide, hide, hide, gr.skip(), off, on, say(None))
         try:
@@ -203,6 +205,13 @@ def build(room: Room) -> TeachTab:
                 if item is None:
                     continue
                 steps.append(item)
+                if item.run == "random" and not early:
+                    # The MetaPT run is done: its prompt need not wait for the comparison.
+                    serve(session, lesson, lessons)
+                    early = True
+                if time.monotonic() - drawn < _REDRAW:
+                    continue
+                drawn = time.monotonic()
                 curve, points = curves(steps, runs)
                 line = (
                     f"{runs[item.run]}, step {item.step}: held-out accuracy {item.accuracy:.0%}, "
@@ -211,11 +220,8 @@ def build(room: Room) -> TeachTab:
                 skip = gr.skip()
                 plots = [gr.update(value=table, visible=True) for table in (points, curve)]
                 yield line, *plots, skip, skip, skip, skip, skip
-                if item.run == "random" and not early:
-                    # The MetaPT run is done: its prompt need not wait for the comparison.
-                    serve(session, lesson, lessons)
-                    early = True
             right = serve(session, lesson, lessons)
+            curve, points = curves(steps, runs)
         except Cancelled:
             yield idle("Cancelled. Nothing was kept.")
             return
@@ -226,7 +232,7 @@ def build(room: Room) -> TeachTab:
         yield (
             f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
             + result_line(lessons, right, runs),
-            *[gr.skip()] * 2,
+            *[gr.update(value=table, visible=True) for table in (points, curve)],
             gr.update(value=path, visible=True),
             lesson.name,
             on,
