@@ -58,14 +58,13 @@ class Taught:
 
     Attributes:
         name: as the visitor wrote it; key: its unique name in the classifier.
-        examples: texts that show it in the page; summary: one sentence on how it was made.
+        examples: texts that show it in the page.
         variants: further prompts of it by kind (see `Room.variants`), as keys.
     """
 
     name: str
     key: str
     examples: list[str] = field(default_factory=list)
-    summary: str = ""
     variants: dict[str, str] = field(default_factory=dict)
 
 
@@ -208,22 +207,24 @@ class Room:
         arrays: Arrays,
         variants: Mapping[str, Arrays] | None = None,
         examples: Sequence[str] = (),
-        summary: str = "",
+        visitor: Visitor | None = None,
     ) -> Taught:
         """Serve a visitor's task from now on, in place of one of the same name.
 
         Args:
             record, arrays: as for `Classifier.add_task`.
             variants: prompts of other origin under the same labels, by kind.
+            visitor: as `visitor` gave it when the work began, so that one who left meanwhile is
+                not taken for a new one.
 
         Raises:
             UserError: the prompt does not fit the bundle, or the visitor has left.
         """
-        visitor = self.visitor(session)
+        visitor = visitor or self.visitor(session)
         owner = hashlib.sha256(session.encode()).hexdigest()[:16]
         place = hashlib.sha256(name.encode()).hexdigest()[:12]
         key = f"visitor.{owner}.{place}"
-        taught = Taught(name, key, list(examples), summary)
+        taught = Taught(name, key, list(examples))
         self.classifier.add_task(key, record, arrays)
         for kind, other in (variants or {}).items():
             taught.variants[kind] = f"{key}.{kind}"

@@ -13,7 +13,7 @@ import pandas as pd
 
 from demo import lesson as sample
 from demo.parts import KNOWN, plain, problem, say, session_of
-from demo.state import Room
+from demo.state import Room, Visitor
 from demo.table import LABEL_NAMES, TEXT_NAMES, read_sheet
 from demo.teach import (
     MOST_EXAMPLES,
@@ -201,13 +201,13 @@ def build(room: Room) -> TeachTab:
         yield ("Loading the backbone …", hide, hide, hide, gr.skip(), off, on, say(None))
         try:
             for item in study(room, lesson, visitor.cancel, lessons):
-                room.visitor(session)  # still here
+                visitor.seen = time.monotonic()  # still here
                 if item is None:
                     continue
                 steps.append(item)
                 if item.run == "random" and not early:
                     # The MetaPT run is done: its prompt need not wait for the comparison.
-                    serve(session, lesson, lessons)
+                    serve(session, visitor, lesson, lessons)
                     early = True
                 if time.monotonic() - drawn < _REDRAW:
                     continue
@@ -219,11 +219,12 @@ def build(room: Room) -> TeachTab:
                 )
                 skip = gr.skip()
                 plots = [gr.update(value=table, visible=True) for table in (points, curve)]
-                yield line, *plots, skip, skip, skip, skip, skip
-            right = serve(session, lesson, lessons)
+                yield line, *plots, skip, lesson.name if early else skip, skip, skip, skip
+            right = serve(session, visitor, lesson, lessons)
             curve, points = curves(steps, runs)
         except Cancelled:
-            yield idle("Cancelled. Nothing was kept.")
+            kept = "The comparison was cancelled; the task is served." if early else ""
+            yield idle(kept or "Cancelled. Nothing was kept.")
             return
         except KNOWN as error:
             yield idle("Not taught.", error)
@@ -240,7 +241,7 @@ def build(room: Room) -> TeachTab:
             say(None),
         )
 
-    def serve(session: str, lesson: Lesson, lessons: Lessons) -> int:
+    def serve(session: str, visitor: Visitor, lesson: Lesson, lessons: Lessons) -> int:
         """Serve what has been learned; returns how many held-out examples the graph gets right."""
         from demo.teach import split
 
@@ -252,7 +253,7 @@ def build(room: Room) -> TeachTab:
         if start is not None:
             variants["metapt"] = room.classifier.bundle.read_prompt(start)
         tries = sample.TRY if lesson.labels == list(sample.EXAMPLES) else lesson.texts[:3]
-        taught = room.add(session, lesson.name, record, arrays, variants, tries)
+        taught = room.add(session, lesson.name, record, arrays, variants, tries, visitor)
         held = split(lesson.classes)[1]
         found = room.classify_keys([lesson.texts[i] for i in held], taught.key)
         return sum(

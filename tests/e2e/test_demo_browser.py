@@ -179,7 +179,8 @@ def test_many_texts_are_classified_sorted_and_filtered(
     screen.type("#many-text textarea", "\n".join(texts))
     screen.click("#many-go")
     screen.until(lambda: "3 of 3 rows" in screen.text("#many-where"), "the table")
-    lines = screen.until(lambda: screen.text("#many-table").splitlines(), "the rows")
+    screen.until(lambda: all(text in screen.text("#many-table") for text in texts), "the rows")
+    lines = screen.text("#many-table").splitlines()
     rows = {text: lines[lines.index(text) + 1] for text in texts}
     expected = page[1].classifier.classify(texts, "film")
     assert rows == {text: result.label for text, result in zip(texts, expected, strict=True)}

@@ -77,6 +77,16 @@ def test_a_run_that_ends_after_its_visitor_left_serves_nothing(
     assert set(room.classifier.tasks) == before
 
 
+def test_who_left_before_the_end_is_not_taken_for_a_new_visitor(room: Room) -> None:
+    before = set(room.classifier.tasks)
+    visitor = room.visitor("ada")
+    room.leave("ada")
+    record = toy.record(["left", "right"], ["dull", "nice"])
+    with pytest.raises(UserError, match="left"):
+        room.add("ada", "side", record, {"prompt_embeddings": toy.prompt_of(5)}, visitor=visitor)
+    assert visitor.cancel.is_set() and set(room.classifier.tasks) == before
+
+
 def test_teaching_a_name_again_replaces_the_task(room: Room) -> None:
     teach(room, "ada", "side", seed=5)
     first = room.classify("ada", [TEXT], "side").results[0].score
