@@ -1,8 +1,7 @@
 """The HTTP application: Open Inference Protocol v2, `POST /classify`, `/metrics`, OpenAPI.
 
-Classification requests are handled on the bare ASGI interface: at a millisecond per text, a
-framework's work per request shows (docs/serving.md has the figures). FastAPI has the other routes
-and the OpenAPI page.
+Classification requests are handled on the bare ASGI interface: at milliseconds per text, a
+framework's work per request would show. FastAPI has the other routes and the OpenAPI page.
 """
 
 from __future__ import annotations
