@@ -41,6 +41,7 @@ from benchmarks.random_t5 import write_random_t5
 from exporter.export import export_bundle
 from exporter.trace import to_onnx
 from exporter.verify import Slot, reference
+from serve import bundle as bundles
 from serve.classifier import Classifier
 from serve.tokenize import Encoded
 from trainer.backbone import Backbone, backbone_folder, load_backbone
@@ -222,10 +223,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seq2seq = seq2seq_side(backbone, work, threads) if arguments.seq2seq else None
     products = product_sides(threads)
     columns = next(iter(fp32.tasks.values())).word_ids
+    stored = bundles.load(work / "prefix", verify=False)
     prompts = [
         {"prompt_embeddings": torch.from_numpy(
-            fp32._bundle.read_prompt(task)["prompt_embeddings"])}
-        for task in fp32.tasks.values()
+            stored.read_prompt(task)["prompt_embeddings"])}
+        for task in stored.tasks.values()
     ]  # fmt: skip
     random = np.random.default_rng(0)
     report: dict[str, Any] = {
