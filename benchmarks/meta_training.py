@@ -12,9 +12,9 @@ same prompt, over the same frozen weights:
   back-propagated. Frozen weights take no gradients on this side either, each task is padded to its
   own longest text, and in mode `prefix` the model gets the same mask as a 4-D attention mask.
 
-Equal gradients are shown first, in float64 (to 1e-6; it is some 1e-14) and float32 (to the rounding
-of float32, which a deep double backward makes some 1e-6), then both sides are timed in turn in one
-run; medians are reported. Random weights: time does not depend on their values.
+Equal gradients are shown first, in float64 (to 1e-6) and in float32 (to its own rounding, which a
+deep double backward makes larger than that of one forward), then both sides are timed in turn in
+one run; medians are reported. Random weights: time does not depend on their values.
 """
 
 from __future__ import annotations
