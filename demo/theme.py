@@ -17,6 +17,7 @@ CSS = """
 .dark .gradio-container [role="tab"].selected, .dark [role="tab"].selected { color: #5eead4; }
 .gradio-container td, .gradio-container th { font-family: var(--font) !important; }
 .gradio-container .prose h1 { margin: 0.2rem 0 0.1rem; font-size: 1.6rem; }
+.dark { color-scheme: dark; } /* scroll bars and pickers that the browser draws */
 .lead p { color: var(--body-text-color-subdued); margin: 0; max-width: 46rem; }
 .problem { border-left: 3px solid #dc2626; padding: 0.1rem 0.7rem; }
 .problem p { color: #b91c1c; margin: 0.2rem 0; } .dark .problem p { color: #fca5a5; }
@@ -31,9 +32,9 @@ CSS = """
 .scroll { overflow-x: auto; }
 table.grid { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 table.grid th, table.grid td { text-align: left; padding: 0.45rem 0.6rem !important;
-  vertical-align: top; border: 0 solid var(--border-color-primary) !important;
-  border-bottom-width: 1px !important; min-width: 8.5rem; }
-table.grid th { font-weight: 600; }
+  vertical-align: top; min-width: 8.5rem; border: 0 !important;
+  border-bottom: 1px solid rgba(128, 140, 160, 0.35) !important; }
+table.grid, table.grid thead, table.grid tbody, table.grid tr { border: 0 !important; }
 table.grid small { color: var(--body-text-color-subdued); display: block; font-weight: 400; }
 table.grid td.changed { background: rgba(var(--against), 0.22); }
 .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin: 4px 0; }

@@ -49,15 +49,14 @@ class TeachTab:
 
 def curves(steps: list[Step], runs: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The steps as two tables to plot: loss on held-out examples, accuracy in per cent."""
-    rows = [(step.step, runs[step.run], step) for step in steps]
-    loss = pd.DataFrame(
-        [(number, run, step.validation_loss) for number, run, step in rows],
-        columns=["step", "start", "loss"],
-    )
-    accuracy = pd.DataFrame(
-        [(number, run, 100 * step.accuracy) for number, run, step in rows],
-        columns=["step", "start", "accuracy"],
-    )
+    rows: list[tuple[Any, ...]] = [
+        (step.step, runs[step.run], step.validation_loss, 100 * step.accuracy) for step in steps
+    ]
+    # The plot takes its colours from the first data it sees: both runs must be among them.
+    missing = set(runs) - {step.run for step in steps}
+    rows += [(0, runs[run], None, None) for run in sorted(missing)]
+    table = pd.DataFrame(rows, columns=["step", "start", "loss", "accuracy"])
+    loss, accuracy = table[["step", "start", "loss"]], table[["step", "start", "accuracy"]]
     return loss, accuracy
 
 

@@ -45,7 +45,7 @@ def build(room: Room) -> WhyTab:
             shown = gr.HTML(elem_id="why-words")
             table = gr.Dataframe(
                 headers=_HEADERS, label="The heaviest words (weights in log-odds)",
-                interactive=False, visible=False, elem_id="why-table",
+                interactive=False, visible=False, wrap=True, elem_id="why-table",
                 column_widths=["34%", "20%", "22%", "24%"],
             )  # fmt: skip
 
