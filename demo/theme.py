@@ -15,7 +15,8 @@ CSS = """
 .gradio-container main { width: 100%; }
 .gradio-container [role="tab"].selected { color: #0f766e; } /* 5.5 : 1 on white */
 .dark .gradio-container [role="tab"].selected, .dark [role="tab"].selected { color: #5eead4; }
-.gradio-container td, .gradio-container th { font-family: var(--font) !important; }
+.gradio-container td, .gradio-container td *, .gradio-container th {
+  font-family: var(--font) !important; }
 .gradio-container .prose h1 { margin: 0.2rem 0 0.1rem; font-size: 1.6rem; }
 .dark { color-scheme: dark; } /* scroll bars and pickers that the browser draws */
 .lead p { color: var(--body-text-color-subdued); margin: 0; max-width: 46rem; }

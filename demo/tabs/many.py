@@ -136,8 +136,9 @@ def build(room: Room) -> ManyTab:
                 0, 100, value=100, step=1, label="Confidence at most, %", min_width=140
             )
         shown = gr.Dataframe(
-            headers=_HEADERS, interactive=False, wrap=True, elem_id="many-table",
-            column_widths=["10%", "58%", "18%", "14%"], label="Answers",
+            headers=["#", "text", "label", "sure"], interactive=False, wrap=True,
+            elem_id="many-table",
+            column_widths=["13%", "43%", "26%", "18%"], label="Answers",
         )  # fmt: skip
         with gr.Row(equal_height=True):
             back = gr.Button("Previous page", size="sm", elem_id="many-back")
