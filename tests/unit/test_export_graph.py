@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.graph import Norm, PrefixGraph, ServedGraph, SingleFileGraph
+from exporter.graph import PrefixGraph, ServedGraph, SingleFileGraph
+from exporter.layers import Norm
 from serve.errors import UserError
 from trainer.backbone import Backbone, load_backbone
 from trainer.modes import deepen
