@@ -1,13 +1,17 @@
 """Sentences, and keeping held-out ones out."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from trainer.pretraining.recipe import load_recipe
-from trainer.pretraining.shards import labelled_rows
+from trainer.pretraining.shards import BagOfWords, labelled_pool, labelled_rows
 from trainer.pretraining.texts import HeldOut, normalise, pick, sentences
 
 REVIEW = ("I went there on a Monday. The soup was cold and thin! "
@@ -58,3 +62,31 @@ def test_pick_keeps_the_edges() -> None:
     assert len(texts) == 3
     assert texts[0].startswith("I went there")
     assert texts[-1] == "We will never, ever come back again."
+
+
+def test_only_edges_and_agreeing_sentences_inherit_a_label(tmp_path: Path) -> None:
+    middle = ["Alpha beta gamma delta.", "Alpha beta gamma epsilon.", "Alpha beta gamma zeta."]
+    words = " ".join(["The first words of it.", *middle, "Next to last it was.", "The end of it."])
+    pq.write_table(
+        pa.table({"text": [words, words, words], "star": [1, 4, 9]}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "recipe.toml").write_text(
+        '[[labelled]]\nname = "a"\nfile = "a.parquet"\nsplit = true\n'
+        'columns.polarity = ["star", { 1 = 0, 9 = 1 }]\n'
+        'columns.star = ["star", { 1 = 0, 4 = 1, 9 = 4 }]\n'
+    )
+    entry = load_recipe(tmp_path / "recipe.toml", tmp_path).labelled[0]
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", "Alpha"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+
+    def checker(texts: list[str]) -> np.ndarray:  # every sentence sounds glad
+        return np.full(len(texts), 3.0)
+
+    pool = labelled_pool(entry, tokenizer, HeldOut([]), cast(BagOfWords, checker), seed=0)
+    middles = np.array([pool.text(i)[0] == vocabulary["Alpha"] for i in range(len(pool))])
+    stars, polarity = pool.columns["star"], pool.columns["polarity"]
+    # Edges keep what the review says; of the middles only those of the glad review do.
+    assert set(stars[~middles].tolist()) >= {0, 1, 4}
+    assert set(stars[middles].tolist()) == {-1, 4}
+    assert set(polarity[middles].tolist()) == {-1, 1}

@@ -140,6 +140,8 @@ def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
         # A bag of words misreads negation and irony, which is what the edges are kept to teach.
         bar = np.where(trusted, -np.inf if entry.split else -MARGIN_WHOLE, MARGIN)
         doubtful = (columns["polarity"] >= 0) & (sign * odds < bar)
+        # Of a review without a verdict, no word says which sentence has its star.
+        doubtful |= ~trusted & (columns["polarity"] < 0) & (columns["tone"] < 0)
         for name in ("polarity", "tone", "star"):
             columns[name][doubtful] = -1
     if entry.genre == 0 and "subjective" not in entry.columns:

@@ -36,9 +36,9 @@ class Schedule:
     rate: float = 2e-4
     fresh: float = 5.0
     prompt: float = 1e-2
-    warmup: int = 150
+    warmup: int = 100
     fresh_warmup: int = 20
-    first: float = 0.15
+    first: float = 0.06
     steps: int | None = None
     minutes: float | None = None
     clip: float = 1.0
