@@ -7,10 +7,11 @@ Every method sees the same samples: 40 for training and 40 for validation, drawn
 `python -m trainer tune` draws them, and the same test rows. A result is a line of JSON in --out;
 lines that are there already are not computed again, so the run may be stopped at any time.
 
-Methods: `words` (the template alone, no sample used), `prefix` and `deep` (prompt tuning with the
-trainer's own code), `lr` (logistic regression on sentence embeddings), `setfit` (contrastive
-fine-tuning of the sentence encoder, then logistic regression: Tunstall et al. 2022), `bow` (the
-bag-of-words model of the pre-training recipe, its score calibrated on the samples).
+Methods: `words` (the template alone, no sample used), `prefix`, `deep` and `full` (prompt tuning
+with the trainer's own code), `finetune` (full tuning: every weight learns), `lr` (logistic
+regression on sentence embeddings), `setfit` (contrastive fine-tuning of the sentence encoder, then
+logistic regression: Tunstall et al. 2022), `bow` (the bag-of-words model of the pre-training
+recipe, its score calibrated on the samples).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from serve.cli import Command, main, option
 from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples, draw_few_shot, load_task
+from trainer.finetune import FinetuneConfig, finetune
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, document_labels
 from trainer.rows import Rows, Scorer
@@ -146,6 +148,18 @@ def prompt(mode: str, bench: Bench, task: Task, train: Examples, val: Examples, 
     return scorer.all(tuned.prompt.params, rows).argmax(1).numpy()
 
 
+def full_tuning(bench: Bench, task: Task, train: Examples, val: Examples, test: Examples,
+                seed: int) -> np.ndarray:  # fmt: skip
+    """Every weight of the backbone learns; a fresh copy each time."""
+    config = bench.config
+    backbone = load_backbone(config.backbone, trainable=True)
+    settings = FinetuneConfig(out="", seed=seed, epochs=config.epochs)
+    finetune(backbone, task, train, val, settings, quiet=True)
+    scorer = Scorer.of(backbone, task, "none")
+    rows = Rows(backbone, task.template, test.texts, test.labels, 128)
+    return scorer.all({}, rows).argmax(1).numpy()
+
+
 def _regression(features: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: np.ndarray,
                 test: np.ndarray) -> np.ndarray:  # fmt: skip
     """Logistic regression; its strength is chosen on the validation samples."""
@@ -207,7 +221,7 @@ def run_table(config: TableConfig) -> None:
     methods: dict[str, Any] = {
         "words": words_alone, "lr": regression, "bow": bag_of_words, "setfit": setfit,
         "prefix": lambda *a: prompt("prefix", *a), "deep": lambda *a: prompt("deep", *a),
-        "full": lambda *a: prompt("full", *a),
+        "full": lambda *a: prompt("full", *a), "finetune": full_tuning,
     }  # fmt: skip
     path, bench = Path(config.out), Bench(config)
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
