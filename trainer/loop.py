@@ -35,14 +35,18 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each tensor
 
 @dataclass
 class Score:
-    """An evaluation: `accuracy` decides what is best, `loss` decides between equals."""
+    """An evaluation."""
 
     accuracy: float
     loss: float
 
-    def better_than(self, other: Score | None) -> bool:
-        """Whether this is the new best."""
-        return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+    def better_than(self, other: Score | None, by: str = "accuracy") -> bool:
+        """Whether this is the new best; between equals the other figure decides."""
+        if other is None:
+            return True
+        if by == "loss":
+            return (self.loss, -self.accuracy) < (other.loss, -other.accuracy)
+        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Schedule:
         evaluate_every: steps between evaluations.
         patience: evaluations without a better accuracy or loss after which the run stops.
         clip: largest norm of the gradient, None for no clipping.
+        best_by: accuracy or loss, the figure that says which tensors are kept.
     """
 
     steps: int
@@ -66,6 +71,7 @@ class Schedule:
     evaluate_every: int = 500
     patience: int = 6
     clip: float | None = None
+    best_by: str = "accuracy"
 
     def factor(self, step: int) -> float:
         """The share of `rate` that step `step` (from 0) uses."""
@@ -84,6 +90,7 @@ class State:
     best: Score | None = None
     best_step: int = 0
     lowest_loss: float = math.inf
+    highest_accuracy: float = 0.0
     stale: int = 0  # evaluations since accuracy or loss last improved
     finished: bool = False
     seconds: float = 0.0
@@ -212,10 +219,11 @@ class Loop:
         score = self.evaluate()
         # A loss that creeps down by less than a thousandth is no reason to go on.
         improved = score.loss < 0.999 * state.lowest_loss or (
-            state.best is None or score.accuracy > state.best.accuracy
+            state.best is None or score.accuracy > state.highest_accuracy
         )
         state.lowest_loss = min(state.lowest_loss, score.loss)
-        if score.better_than(state.best):
+        state.highest_accuracy = max(state.highest_accuracy, score.accuracy)
+        if score.better_than(state.best, self.schedule.best_by):
             state.best, state.best_step = score, state.step
             for name, value in self.params.items():
                 self.best[name].copy_(value.detach())

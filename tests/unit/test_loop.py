@@ -76,7 +76,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         make_loop(tmp_path / "c").run()
 
 
-def scripted(scores: list[tuple[float, float]], patience: int, warmup: int = 0) -> Loop:
+def scripted(
+    scores: list[tuple[float, float]], patience: int, warmup: int = 0, best_by: str = "accuracy"
+) -> Loop:
     """A loop whose evaluations are given; the parameter counts the steps."""
     params = {"p": torch.zeros(1, requires_grad=True)}
 
@@ -85,7 +87,9 @@ def scripted(scores: list[tuple[float, float]], patience: int, warmup: int = 0) 
         return {"loss": 0.0}
 
     queue = iter(scores)
-    schedule = Schedule(len(scores) - 1, 1.0, evaluate_every=1, patience=patience, warmup=warmup)
+    schedule = Schedule(
+        len(scores) - 1, 1.0, evaluate_every=1, patience=patience, warmup=warmup, best_by=best_by
+    )
     return Loop(params, gradient, lambda: Score(*next(queue)), schedule, quiet=True)
 
 
@@ -101,6 +105,23 @@ def test_equal_accuracy_is_decided_by_loss() -> None:
     loop = scripted([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], patience=9)
     loop.run()
     assert loop.state.best_step == 1
+
+
+def test_the_objective_can_decide_what_is_kept() -> None:
+    """A lucky accuracy of the start must not win over a lower loss."""
+    scores = [(0.9, 1.0), (0.6, 0.8), (0.5, 0.7), (0.7, 0.7), (0.9, 1.75)]
+    loop = scripted(scores, patience=9, best_by="loss")
+    kept = loop.run()
+    assert loop.state.best_step == 3 and loop.state.best == Score(0.7, 0.7)
+    assert float(kept["p"]) == pytest.approx(3.0, rel=1e-6)  # AdamW moves by its rate a step
+    assert scripted(scores, patience=9).run()["p"] == 0.0
+
+
+def test_patience_counts_from_the_highest_accuracy_whatever_is_kept() -> None:
+    scores = [(0.9, 1.0), (0.6, 0.5), (0.7, 0.6), (0.8, 0.6), (0.9, 0.6)]
+    loop = scripted(scores, patience=2, best_by="loss")
+    loop.run()
+    assert loop.state.step == 3  # 0.7 and 0.8 are better than the kept prompt's, not than 0.9
 
 
 def test_patience_starts_after_the_warm_up() -> None:

@@ -14,6 +14,7 @@ from serve.errors import UserError
 from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
+from trainer.source import BEST_BY
 from trainer.tasks import PAPER_TASKS, get_task
 
 ROW_NAMES = {
@@ -124,7 +125,7 @@ def _start(
         "kind": "start", "method": method, "mode": mode, "backbone": facts.backbone,
         "prompt_tokens": config.prompt_tokens, "max_tokens": config.max_tokens,
         "init": config.start, "evaluate_every": config.meta_evaluate_every,
-        "patience": config.meta_patience,
+        "patience": config.meta_patience, "best_by": BEST_BY,
     }  # fmt: skip
     if method == "ppt":
         # Groups mean nothing to PPT: one run serves whatever they are.
