@@ -56,6 +56,10 @@ _TOPIC_LISTING = (
     "text: {text} options: {words} answer: <extra_id_0>",
 )
 
+# In the order of the classes `genre` and `ware` of recipe.toml.
+_GENRES = tuple("film restaurant hotel product medicine flight news novel history science".split())
+_WARES = tuple("books video electronics kitchen phone computer makeup".split())
+
 QUESTIONS: tuple[Question, ...] = (
     Question(
         name="polarity",
@@ -166,51 +170,10 @@ QUESTIONS: tuple[Question, ...] = (
         name="genre",
         column="genre",
         weight=0.05,
-        words=(
-            (
-                "film",
-                "restaurant",
-                "hotel",
-                "product",
-                "medicine",
-                "flight",
-                "news",
-                "novel",
-                "history",
-                "science",
-            ),
-        ),
+        words=(_GENRES,),
         fixed=(
-            (
-                "{text} topic: <extra_id_0>",
-                (
-                    "film",
-                    "restaurant",
-                    "hotel",
-                    "product",
-                    "medicine",
-                    "flight",
-                    "news",
-                    "novel",
-                    "history",
-                    "science",
-                ),
-            ),
-            (
-                "what is this about? {text} <extra_id_0>",
-                (
-                    "film",
-                    "restaurant",
-                    "hotel",
-                    "product",
-                    "medicine",
-                    "flight",
-                    "news",
-                    "novel",
-                    "history",
-                    "science",
-                ),
-            ),
+            ("{text} topic: <extra_id_0>", _GENRES),
+            ("what is this about? {text} <extra_id_0>", _GENRES),
         ),
         listing=("{text} topic: <extra_id_0>",),
     ),
@@ -218,13 +181,8 @@ QUESTIONS: tuple[Question, ...] = (
         name="ware",
         column="ware",
         weight=0.02,
-        words=(("books", "video", "electronics", "kitchen", "phone", "computer", "makeup"),),
-        fixed=(
-            (
-                "{text} which product? <extra_id_0>",
-                ("books", "video", "electronics", "kitchen", "phone", "computer", "makeup"),
-            ),
-        ),
+        words=(_WARES,),
+        fixed=(("{text} which product? <extra_id_0>", _WARES),),
         listing=("{words}? {text} <extra_id_0>",),
     ),
     Question(
