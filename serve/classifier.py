@@ -161,26 +161,40 @@ class Classifier:
             Failure: its prompt is damaged.
         """
         with self._changing:
-            if record is None or prompt is None:
-                fresh = bundles.load(self.bundle.folder, verify=False)
-                if name not in fresh.tasks:
-                    raise UserError(
-                        f"{fresh.folder} has no task '{name}': it has "
-                        f"{', '.join(fresh.tasks) or 'none'}"
-                    )
-                task = fresh.tasks[name]
-                arrays = fresh.read_prompt(task)
-            else:
-                arrays = bundles.check_prompt(prompt, self.bundle)
-                digest = hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
-                values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
-                task = make_task(name, values, self.bundle.header)
-                task = replace(task, sha256=digest.hexdigest())
-            self._check_room(task)
-            held = replace(task, arrays=arrays)
-            with self.bank.lend([held]):  # so that its first request does not wait
-                self._replace(name, task if task.prompt else held)
-        return task
+            return self.serve_task(self.read_task(name, record, prompt))
+
+    def read_task(
+        self,
+        name: str,
+        record: Mapping[str, Any] | None = None,
+        prompt: np.ndarray | bundles.Arrays | None = None,
+    ) -> Task:
+        """The checked task that `add_task` would serve, with its prompt in `arrays`."""
+        if record is None or prompt is None:
+            fresh = bundles.load(self.bundle.folder, verify=False)
+            if name not in fresh.tasks:
+                raise UserError(
+                    f"{fresh.folder} has no task '{name}': it has "
+                    f"{', '.join(fresh.tasks) or 'none'}"
+                )
+            task = fresh.tasks[name]
+            arrays = fresh.read_prompt(task)
+        else:
+            arrays = bundles.check_prompt(prompt, self.bundle)
+            digest = hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
+            values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
+            task = make_task(name, values, self.bundle.header)
+            task = replace(task, sha256=digest.hexdigest())
+        self._check_room(task)
+        return replace(task, arrays=arrays)
+
+    def serve_task(self, held: Task) -> Task:
+        """Serve a task that `read_task` gave, from now on; the task as it is kept."""
+        # One with a file need not keep its prompt in memory as well.
+        kept = replace(held, arrays=None) if held.prompt else held
+        with self.bank.lend([held]):  # so that its first request does not wait
+            self._replace(held.name, kept)
+        return kept
 
     def remove_task(self, name: str) -> None:
         """Stop serving a task; the bundle's folder stays as it is. Texts under way are answered.
