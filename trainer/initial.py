@@ -1,4 +1,4 @@
-"""Where a prompt starts: at random, from the vocabulary, or from another prompt."""
+"""Where a prompt starts: at random, from the vocabulary, one that ships, or another prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from trainer.backbone import Backbone
 from trainer.modes import Params, deepen
 from trainer.prompt import Prompt, check_fits, load_prompt
+from trainer.shipped import SHIPPED, load_shipped
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +37,30 @@ def vocabulary_params(backbone: Backbone, tokens: int, seed: int) -> Params:
     return {"prompt_embeddings": weight[chosen.to(weight.device)].float().clone()}
 
 
+def _prompt(backbone: Backbone, init: str, mode: str) -> Prompt:
+    if init.startswith(SHIPPED):
+        return load_shipped(backbone, init.removeprefix(SHIPPED), mode)
+    prompt = load_prompt(init)
+    check_fits(prompt, backbone, f"--init {init}")
+    return prompt
+
+
 def initial_params(backbone: Backbone, init: str, mode: str, tokens: int, seed: int) -> Params:
     """The tensors that training starts from, requiring gradients.
 
     Args:
-        init: `random`, `vocab`, or a prompt folder (or `.npy`), whose own length counts.
+        init: `random`, `vocab`, `shipped:NAME` (see `trainer.shipped`), or a prompt folder (or
+            `.npy`); the last two have a length of their own.
 
     Raises:
-        UserError: the folder holds no prompt, or one of another backbone.
+        UserError: there is no such prompt, or it is of another backbone.
     """
     if init == "random":
         params = random_params(backbone, tokens, seed)
     elif init == "vocab":
         params = vocabulary_params(backbone, tokens, seed)
     else:
-        prompt: Prompt = load_prompt(init)
-        check_fits(prompt, backbone, f"--init {init}")
+        prompt = _prompt(backbone, init, mode)
         params = {name: value.to(backbone.device) for name, value in prompt.params.items()}
         if mode != "deep" and "kv" in params:
             from serve.errors import UserError

@@ -48,7 +48,10 @@ class TuneConfig(PromptOptions, TaskOptions, Sampling):
     """
 
     out: str = option(help="folder of the prompt")
-    init: str = option("vocab", help="random, vocab, or a prompt folder (MetaPT's, PPT's ...)")
+    init: str = option(
+        "vocab", help="random, vocab, shipped:NAME (such as shipped:polarity:bad,good), or a "
+        "prompt folder (MetaPT's, PPT's ...)",
+    )  # fmt: skip
     name: str | None = option(None, help="name of the prompt's task (default: the task's)")
     rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0)
     warmup: int = option(20, help="steps of linear warm-up (A.4)", minimum=0)
