@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
+from trainer.remote import Source, expand, is_url, name_of
 from trainer.tables import check_file, decoded_lines, iterate_rows, kind_of
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,52 @@ def _abbreviated(before: str) -> bool:
     return bare in _ABBREVIATIONS or re.fullmatch(r"([a-z]\.)*[a-z]", bare) is not None
 
 
-def find_files(patterns: Sequence[str], flag: str = "--corpus") -> list[Path]:
-    """The files that paths, folders and globs stand for, sorted, each once.
+class BadFiles:
+    """Files that could not be read: reported and counted, and fatal past a share of all.
+
+    Args:
+        total: files in all.
+        share: of them may be unreadable.
+    """
+
+    def __init__(self, total: int, share: float):
+        self.total, self.share = total, share
+        self.found: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Report one more.
+
+        Raises:
+            Failure: too many by now.
+        """
+        self.found.append(message)
+        logger.warning("%s; going on without it (%d so far)", message, len(self.found))
+        if len(self.found) > self.share * self.total:
+            raise Failure(
+                f"{len(self.found)} of {self.total} files could not be read, more than --bad-files "
+                f"{self.share:g} allows; the last one: {message}"
+            )
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a single unreadable file would be let pass."""
+        return self.share * self.total >= 1
+
+
+def find_files(patterns: Sequence[str], flag: str = "--corpus") -> list[Source]:
+    """The files that paths, folders, globs and addresses stand for, sorted, each once.
 
     Raises:
         UserError: a path that is not there or a pattern or folder without a file of a known kind.
     """
-    files: list[Path] = []
+    files: list[Source] = []
     for pattern in patterns:
+        if is_url(pattern):
+            there = [name for name in expand(pattern, flag) if _readable(name)]
+            if not there:
+                raise UserError(f"{flag} {pattern} holds no text, CSV, JSONL or Parquet file")
+            files.extend(there)
+            continue
         path = Path(pattern).expanduser()
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if p.is_file() and _readable(p)]
@@ -94,12 +133,12 @@ def find_files(patterns: Sequence[str], flag: str = "--corpus") -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _readable(path: Path) -> bool:
-    return not path.name.startswith(".") and kind_of(path) in (*TABLES, *PLAIN)
+def _readable(path: Source) -> bool:
+    return not name_of(path).startswith(".") and kind_of(path) in (*TABLES, *PLAIN)
 
 
 def documents(
-    path: Path, text_column: str, units: str = "line", advance: Callable[[int], None] | None = None
+    path: Source, text_column: str, units: str = "line", advance: Callable[[int], None] | None = None
 ) -> Iterator[str]:
     """The texts of one file: a column of a table, or the lines or paragraphs of plain text.
 
@@ -143,12 +182,13 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 
 
 def sentences(
-    files: Sequence[Path],
+    files: Sequence[Source],
     text_column: str = "text",
     units: str = "line",
     min_words: int = 4,
     max_words: int = 60,
     advance: Callable[[int], None] | None = None,
+    bad: BadFiles | None = None,
 ) -> Iterator[Sentence]:
     """The sentences of all files that have a fitting number of words, in the order of the files.
 
@@ -156,9 +196,25 @@ def sentences(
         files: from `find_files`.
         text_column, units, advance: see `documents`.
         min_words, max_words: inclusive bounds; shorter ones are headings, longer ones lists.
+        bad: told of a file that cannot be read, of which what came before the damage is kept;
+            None, or one that allows none, lets the error through.
     """
     for path in files:
-        for document in documents(path, text_column, units, advance):
+        stream = documents(path, text_column, units, advance)
+        if bad is not None and bad.allowed:
+            stream = tolerant(stream, path, bad.add)
+        for document in stream:
             for text in split_sentences(document):
                 if min_words <= text.count(" ") + 1 <= max_words:
-                    yield Sentence(text, path.name)
+                    yield Sentence(text, name_of(path))
+
+
+def tolerant(stream: Iterator[str], path: Source, report: Callable[[str], None]) -> Iterator[str]:
+    """A file's texts up to where it cannot be read, which is reported in one line."""
+    try:
+        yield from stream
+    except GeneratorExit:
+        raise
+    except Exception as error:  # a store's errors are of any class: what they say is passed on
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        report(first if str(path) in first else f"{path}: {first}")

@@ -99,7 +99,7 @@ def load_examples(
         rows.append((place, {name: row.get(name) for name in (*wanted, "split")}))
     if not rows:
         raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
-    texts = [_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]
+    texts = [row_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]
     values = [row[label_column] for _, row in rows]
     places = [f"{path}, {place}" for place, _ in rows]
     if labels is None:
@@ -113,7 +113,8 @@ def load_examples(
     return choose_split(examples, [rows[i][1]["split"] for i in kept], split)
 
 
-def _text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str:
+def row_text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str:
+    """The text of a row, `place` being where it stands; UserError if there is none."""
     values: dict[str, str] = {}
     for name in columns:
         value = row[name]
@@ -240,7 +241,7 @@ def _from_hub(task: Task, rows: Sequence[Mapping[str, Any]], split: str | None) 
     rows = [row for row in rows if row[columns[-1]].strip()]
     places = [f"{source.id}, row {number}" for number in range(1, len(rows) + 1)]
     texts = [
-        _text(dict(row), columns, source.text_format, place)
+        row_text(dict(row), columns, source.text_format, place)
         for row, place in zip(rows, places, strict=True)
     ]
     codes = class_codes([row[source.label_column] for row in rows], places, task.labels, task.drop)

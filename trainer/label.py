@@ -25,8 +25,9 @@ from serve.cli import as_json, option
 from serve.errors import UserError
 from serve.files import atomic_write
 from trainer.classifier import KINDS, Labeller, train_labeller
-from trainer.corpus import Sentence, find_files, sentences, split_sentences
+from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
+from trainer.remote import Source, size_of
 from trainer.reservoir import Reservoir, fingerprint
 from trainer.runs import write_record
 from trainer.tables import iterate_rows
@@ -50,7 +51,9 @@ class LabelConfig:
 
     out: str = option(help="the Parquet file to write: text, label, confidence, source")
     corpus: list[str] = option(
-        [], help="text, CSV, JSONL or Parquet files, folders or globs; .gz, .bz2 and .xz as well"
+        [],
+        help="text, CSV, JSONL or Parquet files, folders, globs or addresses (s3://bucket/*.jsonl, "
+        "https://...); .gz, .bz2 and .xz as well",
     )
     task: str | None = option(
         None, help=f"the labelled set to learn from (default: {_DEFAULT_TASK}, as in 4.1)"
@@ -94,11 +97,21 @@ class LabelConfig:
     )
     chunk: int = option(4096, help="sentences annotated at a time", minimum=1)
     limit: int = option(0, help="stop after this many sentences; 0 reads all", minimum=0)
+    bad_files: float = option(
+        0.01, minimum=0, maximum=1,
+        help="share of the corpus files that may be unreadable: each is reported and counted, and "
+        "the run stops once they are more (with under 100 files, at the first)",
+    )  # fmt: skip
+    ray: str | None = option(
+        None, metavar="ADDRESS",
+        help="annotate on a Ray cluster: its address, `auto`, or `local` for this machine's cores",
+    )  # fmt: skip
     seed: int = option(1, help="chooses which of the sure sentences are kept", minimum=0)
 
     examples = [
         "--corpus 'wiki/*.txt.gz' --data-dir data --exclude data/sst2.parquet --out sure.parquet",
         "--corpus dump.jsonl --corpus-column body --data stars.csv --threshold 0.6 --out s.parquet",
+        "--corpus 's3://crawl/part-*.parquet' --ray auto --data-dir data --out sure.parquet",
         "--labelled --task yelp5 --data-dir data --per-class 2000 --out reviews.parquet",
     ]
 
@@ -124,7 +137,12 @@ def run_label(config: LabelConfig) -> None:
         )  # fmt: skip
         figures = labeller.measure(test, config.threshold)
         sys.stdout.write(_describe(figures, config, test.source, len(names)))
-        reservoir = _annotate(config, files, labeller, banned)
+        if config.ray is None:
+            reservoir = _annotate(config, files, labeller, banned)
+        else:
+            from trainer.distributed.label import annotate
+
+            reservoir = annotate(config, files, labeller, banned)
         sys.stdout.write(report(reservoir, names))
     _warn_of_rare(reservoir, names, config)
     columns = reservoir.choose(config.balance)
@@ -147,6 +165,9 @@ def _check(config: LabelConfig) -> None:
         raise UserError("--corpus is missing: pass files to annotate, or --labelled")
     if config.labels and (config.data is None or config.task is not None):
         raise UserError("--labels names the classes of --data: pass --data, and no --task")
+    if config.ray is not None and (config.limit or config.labelled):
+        flag = "--limit" if config.limit else "--labelled"
+        raise UserError(f"{flag} reads from the start, in order, as a cluster does not: leave --ray out")
     if config.min_words > config.max_words:
         raise UserError(f"--min-words {config.min_words} is above --max-words {config.max_words}")
     if Path(config.out).suffix != ".parquet":
@@ -182,34 +203,40 @@ def _checkpoint(config: LabelConfig) -> Path:
 
 
 def _annotate(
-    config: LabelConfig, files: Sequence[Path], labeller: Labeller, banned: set[int]
+    config: LabelConfig, files: Sequence[Source], labeller: Labeller, banned: set[int]
 ) -> Reservoir:
     """Stream the corpus through the classifier into the reservoir, with checkpoints."""
     reservoir = Reservoir(config.per_class, config.threshold, config.seed, labeller.classes)
-    run = {"config": as_json(config), "sizes": [path.stat().st_size for path in files]}
+    sizes = [size_of(path) for path in files]
+    run = {"config": as_json(config), "sizes": sizes}
     folder = _checkpoint(config)
     if reservoir.restore(folder, run):
         logger.info("going on after %d sentences (%s)", reservoir.seen, folder)
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="label") as bar:
+    bad = BadFiles(len(files), config.bad_files)
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="label") as bar:
         stream = sentences(
             files, config.corpus_column, config.units, config.min_words, config.max_words,
-            bar.update,
+            bar.update, bad,
         )  # fmt: skip
         rest = itertools.islice(stream, reservoir.seen, config.limit or None)
         saved = time.monotonic()
         while chunk := list(itertools.islice(rest, config.chunk)):
             reservoir.add(chunk, labeller.probabilities([s.text for s in chunk]), banned)
-            bar.set_postfix(sentences=reservoir.seen, sure=int(reservoir.confident.sum()))
+            bar.set_postfix(sentences=reservoir.seen, sure=int(reservoir.offered.sum()))
             if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 reservoir.save(folder, run)
                 saved = time.monotonic()
+    check_any(reservoir, config)
+    return reservoir
+
+
+def check_any(reservoir: Reservoir, config: LabelConfig) -> None:
+    """UserError if the corpus had no sentence at all."""
     if reservoir.seen == 0:
         raise UserError(
             f"--corpus holds no sentence of {config.min_words} to {config.max_words} words: pass "
             "other files, --min-words or --max-words"
         )
-    return reservoir
 
 
 def _describe(figures: dict[str, Any], config: LabelConfig, source: str, classes: int) -> str:

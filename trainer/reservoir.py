@@ -1,6 +1,10 @@
 """What `label` keeps of a stream: a random sample of each class's confident sentences.
 
-Memory depends on `per_class` and the number of classes, not on the length of the stream.
+Every sentence has a rank, a hash of its letters and digits under the run's seed, and the lowest
+`per_class` ranks of a class are kept (bottom-k sampling, Cohen and Kaplan 2007). The sample so
+depends on what is in the stream, not on its order nor on how it is cut: parts sampled on several
+machines and merged are the sample of the whole. Memory depends on `per_class` and the number of
+classes, not on the length of the stream.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +25,38 @@ from trainer.data import normalise
 
 BINS = 20  # of the histogram of confidences: steps of 0.05
 _STATE, _KEPT = "state.json", "kept.parquet"
+_ALL = 2**64  # above every rank
 
-Entry = tuple[str, float, str]  # text, confidence, source
+Place = tuple[int, int]  # orders sentences as the stream does
+
+
+class Entry(NamedTuple):
+    """A sentence that is kept, where it first stood, and how often it came."""
+
+    text: str
+    confidence: float
+    source: str
+    place: Place
+    times: int = 1
 
 
 def fingerprint(text: str) -> int:
     """64 bits of the letters and digits of a text: equal for two spellings of one sentence."""
     digest = hashlib.blake2b((normalise(text) or text).encode("utf-8", "replace"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
+
+
+def rank(mark: int, seed: int) -> int:
+    """64 bits in an order that `seed` chooses; one to one, so different marks never tie."""
+    return _scatter(mark ^ _scatter(seed + 0x9E3779B97F4A7C15))
+
+
+def _scatter(value: int) -> int:
+    """The output function of splitmix64 (Steele, Lea and Flood 2014)."""
+    value &= _ALL - 1
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (_ALL - 1)
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (_ALL - 1)
+    return value ^ (value >> 31)
 
 
 @dataclass
@@ -40,64 +68,96 @@ class Reservoir:
         threshold: the least confidence.
         seed: of the sample.
         classes: C.
-        kept: C lists of (text, confidence, source).
+        bounds: C ranks: a sentence above its class's cannot be kept any more.
+        offered: [C], sentences at or above the threshold, excluded ones left out.
         histogram: [C, BINS], all sentences by predicted class and confidence.
-        confident: [C], sentences at or above the threshold; excluded and repeated ones left out.
-        seen, excluded, repeated: sentences in all; kept out; equal to one that is kept already.
+        seen, excluded: sentences in all; kept out.
     """
 
     per_class: int
     threshold: float
     seed: int
     classes: int
-    kept: list[list[Entry]] = field(init=False)
+    bounds: list[int] = field(init=False)
+    offered: np.ndarray = field(init=False)
     histogram: np.ndarray = field(init=False)
-    confident: np.ndarray = field(init=False)
     seen: int = 0
     excluded: int = 0
-    repeated: int = 0
 
     def __post_init__(self) -> None:
-        self.kept = [[] for _ in range(self.classes)]
+        self._kept: list[dict[int, Entry]] = [{} for _ in range(self.classes)]
+        self.bounds = [_ALL] * self.classes
+        self.offered = np.zeros(self.classes, np.int64)
         self.histogram = np.zeros((self.classes, BINS), np.int64)
-        self.confident = np.zeros(self.classes, np.int64)
-        self._present: list[set[int]] = [set() for _ in range(self.classes)]
-        self._generator = np.random.Generator(np.random.PCG64(self.seed))
 
-    def add(self, chunk: Sequence[Sentence], probabilities: np.ndarray, banned: set[int]) -> None:
-        """Take in a chunk of N sentences with probabilities [N, C]; `banned` holds fingerprints."""
+    @property
+    def kept(self) -> list[list[Entry]]:
+        """C lists of what is kept, in the order of the stream."""
+        for label in range(self.classes):
+            self._prune(label)
+        return [sorted(kept.values(), key=lambda entry: entry.place) for kept in self._kept]
+
+    @property
+    def repeated(self) -> int:
+        """Sentences left out because they equal one that is kept."""
+        return sum(entry.times - 1 for kept in self.kept for entry in kept)
+
+    @property
+    def confident(self) -> np.ndarray:
+        """[C], sentences at or above the threshold; excluded and repeated ones left out."""
+        again = [sum(entry.times - 1 for entry in kept) for kept in self.kept]
+        return self.offered - np.array(again, np.int64)
+
+    def add(
+        self,
+        chunk: Sequence[Sentence],
+        probabilities: np.ndarray,
+        banned: set[int],
+        places: Sequence[Place] | None = None,
+    ) -> None:
+        """Take in a chunk of N sentences.
+
+        Args:
+            chunk: the sentences.
+            probabilities: [N, C].
+            banned: fingerprints of what must not get in.
+            places: where each stands in the stream; None counts on.
+        """
         best = probabilities.argmax(axis=1)
         sure = probabilities[np.arange(len(chunk)), best]
         # A little is added, so that 0.7 is in the bin that starts at 0.7 despite rounding.
         bins = np.minimum((sure * BINS + 1e-9).astype(np.int64), BINS - 1)
         np.add.at(self.histogram, (best, bins), 1)
-        self.seen += len(chunk)
         for position in np.flatnonzero(sure >= self.threshold).tolist():
-            sentence = chunk[position]
-            key = fingerprint(sentence.text)
-            if key in banned:
+            sentence, label = chunk[position], int(best[position])
+            mark = fingerprint(sentence.text)
+            if mark in banned:
                 self.excluded += 1
-            else:
-                self._offer(sentence, int(best[position]), float(sure[position]), key)
+                continue
+            self.offered[label] += 1
+            place = (self.seen + position, 0) if places is None else places[position]
+            entry = Entry(sentence.text, float(sure[position]), sentence.source, place)
+            self._offer(label, rank(mark, self.seed), entry)
+        self.seen += len(chunk)
 
-    def _offer(self, sentence: Sentence, label: int, sure: float, key: int) -> None:
-        # Algorithm R (Vitter 1985): after n sentences of a class, each of them is kept with
-        # probability per_class / n.
-        kept, present = self.kept[label], self._present[label]
-        if key in present:
-            self.repeated += 1
+    def _offer(self, label: int, key: int, entry: Entry) -> None:
+        if key > self.bounds[label]:
             return
-        self.confident[label] += 1
-        entry = (sentence.text, sure, sentence.source)
-        if len(kept) < self.per_class:
-            kept.append(entry)
-            present.add(key)
+        kept = self._kept[label]
+        if key in kept:
+            first = min(kept[key], entry, key=lambda one: one.place)
+            kept[key] = first._replace(times=kept[key].times + entry.times)
             return
-        place = int(self._generator.random() * self.confident[label])
-        if place < self.per_class:
-            present.discard(fingerprint(kept[place][0]))
-            kept[place] = entry
-            present.add(key)
+        kept[key] = entry
+        if len(kept) >= 2 * self.per_class:
+            self._prune(label)
+
+    def _prune(self, label: int) -> None:
+        kept = self._kept[label]
+        if len(kept) >= self.per_class:
+            lowest = sorted(kept)[: self.per_class]
+            self._kept[label] = {key: kept[key] for key in lowest}
+            self.bounds[label] = lowest[-1]
 
     def above(self, threshold: float) -> np.ndarray:
         """[C], all sentences by class at or above a threshold that is a multiple of 0.05."""
@@ -109,42 +169,63 @@ class Reservoir:
         With `balance` every class gives as many as the rarest one has.
         """
         generator = np.random.Generator(np.random.PCG64(self.seed))
-        fewest = min(len(kept) for kept in self.kept)
+        everything = self.kept
+        fewest = min(map(len, everything))
         rows: list[tuple[Entry, int]] = []
-        for label, kept in enumerate(self.kept):
+        for label, kept in enumerate(everything):
             order = np.argsort(generator.random(len(kept)), kind="stable")
             rows += [(kept[i], label) for i in (order[:fewest] if balance else order)]
         rows = [rows[i] for i in np.argsort(generator.random(len(rows)), kind="stable")]
         return {
-            "text": [entry[0] for entry, _ in rows],
+            "text": [entry.text for entry, _ in rows],
             "label": np.array([label for _, label in rows], np.int32),
-            "confidence": np.array([entry[1] for entry, _ in rows], np.float32),
-            "source": [entry[2] for entry, _ in rows],
+            "confidence": np.array([entry.confidence for entry, _ in rows], np.float32),
+            "source": [entry.source for entry, _ in rows],
         }
+
+    # -- parts of a sample, from other processes or an earlier run --------------------------------
+
+    def part(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is kept as columns of equal length, and the counts as JSON values."""
+        rows = [
+            (label, key, *entry[:3], *entry.place, entry.times)
+            for label, kept in enumerate(self._kept)
+            for key, entry in kept.items()
+        ]
+        names = ("label", "rank", "text", "confidence", "source", "place", "within", "times")
+        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+        columns = {name: columns.get(name, []) for name in names}
+        columns["rank"] = np.array(columns["rank"], np.uint64)
+        counts = {
+            "histogram": self.histogram.tolist(),
+            "offered": self.offered.tolist(),
+            "seen": self.seen,
+            "excluded": self.excluded,
+        }
+        return columns, counts
+
+    def merge(self, columns: dict[str, Any], counts: dict[str, Any]) -> None:
+        """Take in another reservoir's `part`; parts may come in any order, and in pieces."""
+        for label, key, text, confidence, source, place, within, times in zip(
+            *columns.values(), strict=True
+        ):
+            self._offer(label, int(key), Entry(text, confidence, source, (place, within), times))
+        if not counts:
+            return
+        self.histogram += np.array(counts["histogram"], np.int64)
+        self.offered += np.array(counts["offered"], np.int64)
+        self.seen += counts["seen"]
+        self.excluded += counts["excluded"]
 
     def save(self, folder: Path, run: dict[str, Any]) -> None:
         """Write the whole state to a folder, so that a killed run can go on; `run` is kept too."""
         import pyarrow as arrow
         import pyarrow.parquet as parquet
 
-        columns = {
-            "label": [label for label, kept in enumerate(self.kept) for _ in kept],
-            "text": [entry[0] for kept in self.kept for entry in kept],
-            "confidence": [entry[1] for kept in self.kept for entry in kept],
-            "source": [entry[2] for kept in self.kept for entry in kept],
-        }
-        state = {
-            "run": run,
-            "generator": self._generator.bit_generator.state,
-            "histogram": self.histogram.tolist(),
-            "confident": self.confident.tolist(),
-            "seen": self.seen,
-            "excluded": self.excluded,
-            "repeated": self.repeated,
-        }
+        columns, counts = self.part()
         with atomic_folder(folder) as temporary:
             parquet.write_table(arrow.table(columns), temporary / _KEPT)
-            (temporary / _STATE).write_text(json.dumps(state), "utf-8")
+            (temporary / _STATE).write_text(json.dumps({"run": run, **counts}), "utf-8")
 
     def restore(self, folder: Path, run: dict[str, Any]) -> bool:
         """Take up what `save` wrote; False when nothing is there or it is of another run.
@@ -158,19 +239,11 @@ class Reservoir:
         if not (folder / _STATE).is_file():
             return False
         state = read_json(folder / _STATE)
-        if state["run"] != run:
+        if state.pop("run") != run:
             return False
         try:
-            table = parquet.read_table(folder / _KEPT).to_pydict()
+            columns = parquet.read_table(folder / _KEPT).to_pydict()
         except (arrow.ArrowInvalid, OSError) as error:
             raise Failure(f"{folder} is damaged ({error}): remove it to start again") from None
-        columns = (table[name] for name in ("label", "text", "confidence", "source"))
-        for label, text, confidence, source in zip(*columns, strict=True):
-            self.kept[label].append((text, confidence, source))
-            self._present[label].add(fingerprint(text))
-        self._generator.bit_generator.state = state["generator"]
-        self.histogram = np.array(state["histogram"], np.int64)
-        self.confident = np.array(state["confident"], np.int64)
-        self.seen, self.excluded = state["seen"], state["excluded"]
-        self.repeated = state["repeated"]
+        self.merge(columns, state)
         return True

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from serve.errors import Failure, UserError
+from trainer.remote import Source, is_url, open_binary, size_of
 
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the flat memory
@@ -35,10 +36,22 @@ def kind_of(path: str | Path) -> str:
     return path.suffix.lower()
 
 
-def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _unpacked(path: Source, raw: IO[bytes]) -> IO[bytes]:
     """The bytes of an open file, through gzip, bzip2 or xz by its suffix."""
-    opener = _PACKED.get(path.suffix.lower())
+    opener = _PACKED.get(Path(path).suffix.lower())
     return opener(raw, "rb") if opener else raw
+
+
+def shards_of(path: Source) -> list[Path]:
+    """The Parquet files of a folder, sorted by name; none if it is no folder."""
+    if is_url(path) or not Path(path).is_dir():
+        return []
+    return sorted(Path(path).glob("*.parquet"))
+
+
+def check_source(source: Source, flag: str = "--data") -> Source:
+    """A file that is there and not empty (see `check_file`), or an address as it stands."""
+    return source if is_url(source) else check_file(source, flag)
 
 
 def check_file(path: str | Path, flag: str = "--data") -> Path:
@@ -58,7 +71,7 @@ def check_file(path: str | Path, flag: str = "--data") -> Path:
 
 
 def decoded_lines(
-    path: Path,
+    path: Source,
     limit: int = _LINE_LIMIT,
     on_bad: Callable[[str], None] | None = None,
     advance: Advance | None = None,
@@ -79,7 +92,7 @@ def decoded_lines(
     number = 0
     told = 0
     try:
-        with path.open("rb") as compressed, _unpacked(path, compressed) as file:
+        with open_binary(path) as compressed, _unpacked(path, compressed) as file:
             while raw := file.readline(limit + 1):
                 number += 1
                 if advance and number % _BATCH == 0:
@@ -111,7 +124,7 @@ def decoded_lines(
         raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
 
 
-def _require(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+def _require(path: Source, columns: Sequence[str], present: Sequence[str]) -> None:
     for name in columns:
         if name not in present:
             raise UserError(
@@ -121,7 +134,7 @@ def _require(path: Path, columns: Sequence[str], present: Sequence[str]) -> None
 
 
 def _separated(
-    path: Path, columns: Sequence[str], delimiter: str, advance: Advance | None
+    path: Source, columns: Sequence[str], delimiter: str, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # reviews can be longer than 128 KiB
     reader = csv.reader(decoded_lines(path, advance=advance), delimiter=delimiter, strict=True)
@@ -147,7 +160,7 @@ def _separated(
 
 
 def _json_lines(
-    path: Path, columns: Sequence[str], advance: Advance | None
+    path: Source, columns: Sequence[str], advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(decoded_lines(path, advance=advance), start=1):
         if not line.strip():
@@ -170,18 +183,21 @@ def _json_lines(
 
 
 def _parquet(
-    path: Path, columns: Sequence[str], keep_all: bool, advance: Advance | None
+    path: Source, columns: Sequence[str], keep_all: bool, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
         # Buffered and not read ahead, so that a row group larger than memory is streamed as well.
-        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        with (
+            open_binary(path) as raw,
+            parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False) as file,
+        ):
             names = file.schema_arrow.names
             _require(path, columns, names)
             number = 0
-            bytes_a_row = path.stat().st_size / max(1, file.metadata.num_rows)
+            bytes_a_row = size_of(path) / max(1, file.metadata.num_rows)
             batches = file.iter_batches(_BATCH, columns=None if keep_all else list(columns))
             for batch in batches:
                 for row in batch.to_pylist():
@@ -195,7 +211,7 @@ def _parquet(
 
 
 def iterate_rows(
-    path: str | Path,
+    path: Source,
     columns: Sequence[str],
     *,
     keep_all: bool = False,
@@ -205,7 +221,8 @@ def iterate_rows(
     """Yield (place, row) of a CSV, TSV, JSONL or Parquet file; place reads "line 3" or "row 3".
 
     Args:
-        path: the file; CSV, TSV and JSONL may be compressed (.gz, .bz2, .xz).
+        path: a file, the address of one, or a folder of Parquet shards; CSV, TSV and JSONL may be
+            compressed (.gz, .bz2, .xz).
         columns: the columns that every row must have.
         keep_all: whether a row carries the other columns as well.
         flag: the flag that named the file, for errors.
@@ -216,7 +233,14 @@ def iterate_rows(
             that is not UTF-8.
         Failure: a damaged file.
     """
-    path = check_file(path, flag)
+    if shards := shards_of(path):
+        for shard in shards:
+            for place, row in iterate_rows(
+                shard, columns, keep_all=keep_all, flag=flag, advance=advance
+            ):
+                yield f"{shard.name}, {place}", row
+        return
+    path = check_source(path, flag)
     kind = kind_of(path)
     if kind in (".csv", ".tsv"):
         yield from _separated(path, columns, "," if kind == ".csv" else "\t", advance)

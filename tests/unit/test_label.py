@@ -39,7 +39,7 @@ def test_a_reservoir_keeps_what_is_sure_and_counts_the_rest() -> None:
     best, sure = probabilities.argmax(1), probabilities.max(1)
     for index in range(3):
         expected = [i for i in range(500) if best[i] == index and sure[i] >= 0.7]
-        assert [text for text, _, _ in found.kept[index]] == [f"item {i}" for i in expected]
+        assert [entry.text for entry in found.kept[index]] == [f"item {i}" for i in expected]
         assert found.above(0.9)[index] == sum((best == index) & (sure >= 0.9))
     assert found.histogram.sum() == found.seen == 500
     assert found.histogram.shape == (3, BINS)
@@ -60,8 +60,8 @@ def test_every_sentence_has_the_same_chance() -> None:
         found = Reservoir(15, 0.5, seed, 1)
         found.add(stream, np.ones((60, 1)), set())
         assert len(found.kept[0]) == 15
-        for text, _, _ in found.kept[0]:
-            times[int(text[1:])] += 1
+        for entry in found.kept[0]:
+            times[int(entry.text[1:])] += 1
     assert times.sum() == 15 * 400
     assert abs(times - 100).max() < 40
 
@@ -75,11 +75,32 @@ def test_the_cut_into_chunks_does_not_matter() -> None:
     assert whole.kept == parts.kept
 
 
+def test_parts_merged_in_any_order_are_the_whole() -> None:
+    stream, probabilities = chunk_of(400, 3, 4)
+    stream[300:] = stream[:100]  # repeats, of kept sentences and of others
+    probabilities[300:] = probabilities[:100]
+    sure = int(np.flatnonzero(probabilities[:100].max(1) >= 0.6)[0])
+    banned = {fingerprint(f"item {sure}")}
+    whole = Reservoir(12, 0.6, 5, 3)
+    whole.add(stream, probabilities, banned)
+    merged = Reservoir(12, 0.6, 5, 3)
+    for start in (300, 0, 200, 100):
+        part = Reservoir(12, 0.6, 5, 3)
+        rows = slice(start, start + 100)
+        part.add(stream[rows], probabilities[rows], banned, [(start + i, 0) for i in range(100)])
+        merged.merge(*part.part())
+    assert merged.kept == whole.kept
+    assert all(len(kept) == 12 for kept in whole.kept)
+    assert (merged.repeated, merged.excluded, merged.seen) == (whole.repeated, 2, 400)
+    np.testing.assert_array_equal(merged.confident, whole.confident)
+    np.testing.assert_array_equal(merged.histogram, whole.histogram)
+
+
 def test_excluded_and_repeated_sentences_stay_out() -> None:
     texts = ["It's Great!", "its great", "Bad one.", "Other"]
     found = Reservoir(5, 0.5, 0, 1)
     found.add([Sentence(t, "f") for t in texts], np.ones((4, 1)), {fingerprint("BAD one")})
-    assert [text for text, _, _ in found.kept[0]] == ["It's Great!", "Other"]
+    assert [entry.text for entry in found.kept[0]] == ["It's Great!", "Other"]
     assert (found.excluded, found.repeated) == (1, 1)
 
 

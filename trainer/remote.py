@@ -1,0 +1,78 @@
+"""Files that lie elsewhere: `s3://bucket/part-*.parquet`, `https://...`, `hdfs://...` (fsspec).
+
+A local file is a `Path`, one that lies elsewhere a `str` with `://` in it; both are a `Source`.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import IO, Any
+
+from serve.errors import UserError
+
+Source = Path | str
+
+
+def is_url(name: str | Path) -> bool:
+    """Whether a name is an address such as `s3://bucket/file`."""
+    return isinstance(name, str) and "://" in name
+
+
+def file_system(url: str, flag: str) -> tuple[Any, str]:
+    """The fsspec file system behind an address, and the path within it.
+
+    Raises:
+        UserError: an address of a kind that is not known, or whose package is missing.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except ImportError as error:  # fsspec's message names the package, as s3fs or gcsfs
+        raise UserError(f"{flag} {url}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{flag} {url}: {error}: check the address") from None
+
+
+def expand(url: str, flag: str) -> list[str]:
+    """The addresses that a folder, a glob or a single address stands for, sorted.
+
+    Raises:
+        UserError: see `file_system`; nothing is there.
+    """
+    system, path = file_system(url, flag)
+    if any(mark in path for mark in "*?["):
+        found = system.glob(path)
+    elif not system.exists(path):
+        found = []
+    elif system.isdir(path):
+        found = system.find(path)
+    else:
+        found = [path]
+    if not found:
+        raise UserError(f"{flag} {url} does not exist, nor matches a file")
+    return sorted(system.unstrip_protocol(name) for name in found)
+
+
+def open_binary(source: Source) -> IO[bytes]:
+    """The file's bytes, from its start."""
+    if isinstance(source, Path):
+        return source.open("rb")
+    import fsspec
+
+    # Buffered by the standard library, whose readline takes a limit, unlike fsspec's.
+    return io.BufferedReader(fsspec.open(source, "rb").open())
+
+
+def size_of(source: Source) -> int:
+    """The file's size in bytes; 0 where a server does not tell it."""
+    if isinstance(source, Path):
+        return source.stat().st_size
+    system, path = file_system(source, "--corpus")
+    return int(system.info(path).get("size") or 0)
+
+
+def name_of(source: Source) -> str:
+    """The file's name without its folders."""
+    return source.name if isinstance(source, Path) else source.rstrip("/").rsplit("/", 1)[-1]
