@@ -6,6 +6,7 @@ themselves are what it compares with.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sys
@@ -22,6 +23,7 @@ from serve.errors import UserError
 from serve.files import atomic_write
 from trainer.data import Examples, load_examples
 from trainer.embed import embed
+from trainer.reservoir import rank
 from trainer.runs import write_record
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ class ClusterConfig:
     """
 
     data: str = option(help="labelled texts: what `label` wrote, or any CSV, JSONL, Parquet file")
-    out: str = option(help="the Parquet file to write: text, label, cluster")
+    out: str = option(
+        help="the Parquet file to write: text, label, cluster; with --ray a folder of such files"
+    )
     method: str = option(
         "kmeans", choices=METHODS,
         help="kmeans over sentence embeddings (4.2); lda topics, random or label groups (B.1)",
@@ -66,7 +70,21 @@ class ClusterConfig:
     small: str = option(
         "merge", choices=("merge", "drop"), help="what becomes of clusters that are too small"
     )
+    fit: int = option(
+        200_000, minimum=1,
+        help="texts that K-means finds its centres by at most, drawn by seed; the others join the "
+        "nearest centre",
+    )  # fmt: skip
     limit: int = option(0, help="use so many texts, drawn by seed; 0 uses all", minimum=0)
+    bad_files: float = option(
+        0.01, minimum=0, maximum=1,
+        help="with --ray: share of the files that may be unreadable; each is reported and counted",
+    )  # fmt: skip
+    ray: str | None = option(
+        None, metavar="ADDRESS",
+        help="work on a Ray cluster: its address, `auto`, or `local` for this machine's cores; "
+        "--data may then be many files or an address, and --out is a folder or address",
+    )  # fmt: skip
     cache: bool = option(True, help="keep the embeddings for the next run")
     seed: int = option(1, help="seed of the method's random starts", minimum=0)
 
@@ -74,11 +92,17 @@ class ClusterConfig:
         "--data pseudo.parquet --out clusters.parquet",
         "--data pseudo.parquet --method lda --k 20 --out topics.parquet",
         "--data reviews.csv --text-column body --label-column stars --out clusters.parquet",
+        "--data 's3://texts/labelled/*.parquet' --ray auto --out s3://texts/clusters",
     ]
 
 
 def run_cluster(config: ClusterConfig) -> None:
     """`python -m trainer cluster`."""
+    if config.ray is not None:
+        from trainer.distributed.cluster import run_on_ray
+
+        run_on_ray(config)
+        return
     if Path(config.out).suffix != ".parquet":
         raise UserError(f"--out {config.out}: the name must end in .parquet")
     if Path(config.out).is_dir():
@@ -89,11 +113,15 @@ def run_cluster(config: ClusterConfig) -> None:
     started = time.monotonic()
     vectors = None
     if config.method == "kmeans":
-        _check_k(len(examples), config.k)
+        check_k(len(examples), config.k)
         vectors = embed(examples.texts, config.encoder, cache=config.cache)
-    clusters = assign(examples, config.method, config.k, config.seed, vectors)
-    least = math.ceil(2 * config.samples / (1 - _HELD_OUT))
-    clusters, notes = repair(clusters, least, config.small, vectors)
+    clusters = assign(examples, config.method, config.k, config.seed, vectors, config.fit)
+    sizes, means = np.bincount(clusters), None
+    if vectors is not None:
+        sample = fit_sample(examples.texts, config.fit, config.seed)
+        means = cluster_means(clusters[sample], vectors[sample], len(sizes))
+    targets, notes = plan(sizes, least_size(config), config.small, means)
+    clusters = targets[clusters]
     for note in notes:
         logger.warning("%s", note)
     _write(examples, clusters, Path(config.out))
@@ -102,17 +130,30 @@ def run_cluster(config: ClusterConfig) -> None:
         sizes=np.bincount(clusters[clusters >= 0]).tolist(), notes=notes,
     )  # fmt: skip
     seconds = time.monotonic() - started
-    sys.stdout.write(report(examples, clusters, config.method, seconds))
-    sys.stdout.write(f"{config.out}: {int((clusters >= 0).sum())} texts\n")
+    table = np.zeros((int(clusters.max()) + 1, len(examples.names)), np.int64)
+    np.add.at(table, (clusters[clusters >= 0], examples.labels[clusters >= 0]), 1)
+    sys.stdout.write(report(table, examples.names, config.method, seconds))
+    sys.stdout.write(f"{config.out}: {table.sum()} texts\n")
 
 
-def _check_k(count: int, k: int) -> None:
+def least_size(config: ClusterConfig) -> int:
+    """Texts that a cluster must have, so that a task can be drawn from what is not held out."""
+    return math.ceil(2 * config.samples / (1 - _HELD_OUT))
+
+
+def check_k(count: int, k: int) -> None:
+    """UserError if there are fewer texts than clusters."""
     if k > count:
         raise UserError(f"--k {k} clusters cannot be made of {count} texts: pass a smaller --k")
 
 
 def assign(
-    examples: Examples, method: str, k: int, seed: int, vectors: np.ndarray | None = None
+    examples: Examples,
+    method: str,
+    k: int,
+    seed: int,
+    vectors: np.ndarray | None = None,
+    fit: int = 200_000,
 ) -> np.ndarray:
     """Give every text its cluster.
 
@@ -122,6 +163,7 @@ def assign(
         k: the number of clusters; not used by "label".
         seed: of the method's random draws.
         vectors: [N, D] unit vectors, for "kmeans".
+        fit: texts that "kmeans" finds its centres by at most.
 
     Returns:
         [N] int64, each in 0..k-1 (0..C-1 for "label").
@@ -131,7 +173,7 @@ def assign(
     """
     if method == "label":
         return examples.labels.copy()
-    _check_k(len(examples), k)
+    check_k(len(examples), k)
     if method == "random":
         # Shuffled and dealt out, so that all are of one size.
         order = np.argsort(np.random.Generator(np.random.PCG64(seed)).random(len(examples)))
@@ -142,10 +184,44 @@ def assign(
         return _topics(examples.texts, k, seed)
     if vectors is None:
         raise ValueError("kmeans needs vectors")
-    return _kmeans(vectors, k, seed)
+    sample = fit_sample(examples.texts, fit, seed)
+    return nearest(vectors, fit_centres(vectors[sample], k, seed))
 
 
-def _kmeans(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
+def text_mark(text: str) -> int:
+    """64 bits of a text, spelling and all."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def fit_sample(texts: Sequence[str], fit: int, seed: int) -> np.ndarray:
+    """The rows, ascending, that K-means finds its centres by: those of the lowest `fit` ranks."""
+    if len(texts) <= fit:
+        return np.arange(len(texts))
+    ranks = np.array([rank(text_mark(text), seed) for text in texts], np.uint64)
+    return np.sort(np.argsort(ranks, kind="stable")[:fit])  # of equal texts, the first
+
+
+def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """[N] int64, the nearest of the centres [K, D] to each of the vectors [N, D]."""
+    distances = (centres.astype(np.float64) ** 2).sum(1) - 2 * (vectors @ centres.T)
+    return distances.argmin(axis=1).astype(np.int64)
+
+
+def cluster_means(clusters: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    """[k, D], the mean vector of each cluster; far from everything where it has none."""
+    means = np.full((k, vectors.shape[1]), np.inf)
+    for name in np.unique(clusters):
+        means[name] = vectors[clusters == name].mean(axis=0)
+    return means
+
+
+def fit_centres(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """The centres [k, D] that K-means finds for vectors [N, D]; in mini-batches if they are many.
+
+    Raises:
+        UserError: fewer different vectors than clusters.
+    """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
@@ -162,7 +238,7 @@ def _kmeans(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
     # One thread: sums in a fixed order give the same clusters on every machine, and on a busy one
     # the threads of K-means wait for each other far longer than they work.
     with threadpool_limits(1):
-        return model.fit_predict(vectors).astype(np.int64)
+        return model.fit(vectors).cluster_centers_
 
 
 def _topics(texts: Sequence[str], k: int, seed: int) -> np.ndarray:
@@ -185,70 +261,72 @@ def _topics(texts: Sequence[str], k: int, seed: int) -> np.ndarray:
     return model.fit_transform(counts).argmax(axis=1).astype(np.int64)
 
 
-def repair(
-    clusters: np.ndarray, least: int, small: str, vectors: np.ndarray | None = None
+def plan(
+    sizes: np.ndarray, least: int, small: str, means: np.ndarray | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Make every cluster large enough to draw a task from.
+    """What each cluster becomes, so that all are large enough to draw a task from.
 
     Args:
-        clusters: [N] cluster numbers.
+        sizes: [K], texts of each cluster; empty ones are passed over.
         least: texts that a cluster must have.
-        small: "merge" joins a small cluster to the one with the nearest centre, or to the largest
-            without vectors; "drop" marks its texts with -1.
-        vectors: [N, D], or None.
+        small: "merge" joins a small cluster to the one with the nearest mean, or to the largest
+            without means; "drop" leaves its texts out.
+        means: [K, D], or None.
 
     Returns:
-        [N] cluster numbers, renumbered without gaps in their old order, and one line for each
-        cluster that was merged or dropped.
+        [K] new numbers, without gaps and in the old order, -1 for what is left out; and one line
+        for each cluster that is merged or dropped.
 
     Raises:
         UserError: fewer than two clusters are large enough.
     """
-    clusters = clusters.copy()
-    names, sizes = np.unique(clusters, return_counts=True)
-    little = [int(name) for name in names[sizes < least]]
-    large = [int(name) for name in names[sizes >= least]]
+    names = np.flatnonzero(sizes)
+    large = [int(name) for name in names if sizes[name] >= least]
     if len(large) < 2:
         raise UserError(
             f"{len(large)} of {len(names)} clusters have the {least} texts that a task needs: pass "
             "more texts, a smaller --k, or fewer --samples"
         )
+    targets = np.full(len(sizes), -1, np.int64)
+    targets[large] = np.arange(len(large))
     notes = []
-    biggest = int(names[sizes.argmax()])
-    for name in little:
-        rows = np.flatnonzero(clusters == name)
-        what = f"cluster {name} has {len(rows)} texts, but a task needs {least}"
+    for name in (int(name) for name in names if sizes[name] < least):
+        what = f"cluster {name} has {sizes[name]} texts, but a task needs {least}"
         if small == "drop":
-            clusters[rows] = -1
             notes.append(f"{what}: left out")
             continue
-        target = biggest
-        if vectors is not None:
-            centre = vectors[rows].mean(axis=0)
-            gaps = [
-                float(((vectors[clusters == c].mean(axis=0) - centre) ** 2).sum()) for c in large
-            ]
-            target = large[int(np.argmin(gaps))]
-        clusters[rows] = target
+        target = int(sizes.argmax())
+        if means is not None and np.isfinite(means[name]).all():
+            target = large[int(np.argmin(((means[large] - means[name]) ** 2).sum(axis=1)))]
+        targets[name] = targets[target]
         notes.append(f"{what}: joined to cluster {target}")
-    kept = clusters >= 0
-    clusters[kept] = np.searchsorted(large, clusters[kept])
-    return clusters, notes
+    return targets, notes
 
 
-def report(examples: Examples, clusters: np.ndarray, method: str, seconds: float) -> str:
-    """A table: the size of each cluster, in all and by class."""
-    width = max(8, *(len(name) for name in examples.names)) + 2
-    count = int(clusters.max()) + 1
+def repair(
+    clusters: np.ndarray, least: int, small: str, vectors: np.ndarray | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Make every cluster large enough, see `plan`: cluster numbers [N] before and after.
+
+    `vectors` [N, D] tell which cluster is near.
+    """
+    sizes = np.bincount(clusters)
+    means = None if vectors is None else cluster_means(clusters, vectors, len(sizes))
+    targets, notes = plan(sizes, least, small, means)
+    return targets[clusters], notes
+
+
+def report(table: np.ndarray, names: Sequence[str], method: str, seconds: float) -> str:
+    """A table: the size of each cluster, in all and by class, from counts [K, C]."""
+    width = max(8, *(len(name) for name in names)) + 2
     lines = [
-        f"{count} clusters by {method} in {seconds:.0f} s",
-        f"{'cluster':>7} {'texts':>7}" + "".join(f"{name:>{width}}" for name in examples.names),
+        f"{len(table)} clusters by {method} in {seconds:.0f} s",
+        f"{'cluster':>7} {'texts':>7}" + "".join(f"{name:>{width}}" for name in names),
     ]
-    for cluster in range(count):
-        labels = examples.labels[clusters == cluster]
-        by_class = np.bincount(labels, minlength=len(examples.names))
+    for cluster, by_class in enumerate(table.tolist()):
         lines.append(
-            f"{cluster:>7} {len(labels):>7}" + "".join(f"{number:>{width}}" for number in by_class)
+            f"{cluster:>7} {sum(by_class):>7}"
+            + "".join(f"{number:>{width}}" for number in by_class)
         )
     return "\n".join(lines) + "\n"
 

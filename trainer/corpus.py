@@ -138,7 +138,10 @@ def _readable(path: Source) -> bool:
 
 
 def documents(
-    path: Source, text_column: str, units: str = "line", advance: Callable[[int], None] | None = None
+    path: Source,
+    text_column: str,
+    units: str = "line",
+    advance: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     """The texts of one file: a column of a table, or the lines or paragraphs of plain text.
 

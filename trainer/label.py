@@ -167,7 +167,9 @@ def _check(config: LabelConfig) -> None:
         raise UserError("--labels names the classes of --data: pass --data, and no --task")
     if config.ray is not None and (config.limit or config.labelled):
         flag = "--limit" if config.limit else "--labelled"
-        raise UserError(f"{flag} reads from the start, in order, as a cluster does not: leave --ray out")
+        raise UserError(
+            f"{flag} reads from the start, in order, as a cluster does not: leave --ray out"
+        )
     if config.min_words > config.max_words:
         raise UserError(f"--min-words {config.min_words} is above --max-words {config.max_words}")
     if Path(config.out).suffix != ".parquet":

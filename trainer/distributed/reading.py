@@ -111,7 +111,8 @@ def _table(rows: list[tuple[Any, ...]], reader: Reader) -> arrow.Table:
     names = (*reader.columns, "place", "bad")
     kinds = [arrow.string()] * len(reader.columns) + [arrow.int64(), arrow.string()]
     columns = [
-        arrow.array(values, kind) for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+        arrow.array(values, kind)
+        for values, kind in zip(zip(*rows, strict=True), kinds, strict=True)
     ]
     return arrow.Table.from_arrays(columns, names=names)
 
