@@ -12,11 +12,12 @@ import onnx
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from exporter.graph import PrefixGraph, ServedGraph
+from exporter.graph import ServedGraph
 from exporter.measure import Validation, answer, compare, load_validation, refuse
 from exporter.precision import PRECISIONS, fp16_onnx, int8_onnx
 from exporter.record import bundle_arrays, task_name, task_record
-from exporter.trace import WeightsFile, prefix_onnx, served_onnx
+from exporter.trace import WeightsFile
+from exporter.traced import served_graphs
 from exporter.verify import Slot, bank, check, difference, run, session
 from serve import bundle as bundles
 from serve.errors import UserError
@@ -154,15 +155,15 @@ def export_bundle(
             validation, task, job.names, job.records, tokenizer, max_tokens, text_column,
             label_column,
         )  # fmt: skip
-    log.info("tracing %s: mode %s, %d prompt tokens", backbone.name, job.mode, job.tokens)
+    log.info("exporting %s: mode %s, %d prompt tokens", backbone.name, job.mode, job.tokens)
     served = ServedGraph(backbone.t5, backbone.decoder_ids, job.mode, job.tokens).eval()
     with atomic_folder(out) as folder:
         weights = WeightsFile(folder / WEIGHTS)
         with weights:
-            _save(folder / "model.onnx", weights.place(served_onnx(served)))
-            if job.mode == "prefix":
-                graph = PrefixGraph(served).eval()
-                _save(folder / "prefix.onnx", weights.place(prefix_onnx(graph, backbone.t5.width)))
+            model, prefix = served_graphs(served, backbone)
+            _save(folder / "model.onnx", weights.place(model))
+            if prefix is not None:
+                _save(folder / "prefix.onnx", weights.place(prefix))
         tokenizer.save(str(folder / "tokenizer.json"))
         measured = _measure(
             folder, job, backbone, precisions, weights, max_tokens, int8_bits, texts, force

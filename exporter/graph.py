@@ -97,12 +97,16 @@ class Encoder(nn.Module):
             length: S.
             seen: bool [B, before + S], the keys that count.
         """
-        keys = torch.arange(before + length, device=seen.device)
+        position = self.position(before, length)
+        return position + masked_bias(seen, position.dtype)[:, None, None, :]
+
+    def position(self, before: int, length: int) -> Tensor:
+        """Position bias alone: [H, S, before + S]. Arguments as for `bias`."""
+        keys = torch.arange(before + length, device=self.distance_bias.device)
         queries = keys[before:]
         distance = (keys[None, :] - queries[:, None]).clamp(-self.reach, self.reach)
         flat = self.distance_bias.index_select(1, (distance + self.reach).flatten())
-        position = flat.unflatten(1, distance.shape)  # [H, S, before + S]
-        return position + masked_bias(seen, position.dtype)[:, None, None, :]
+        return flat.unflatten(1, distance.shape)
 
     def forward(
         self, hidden: Tensor, bias: Tensor, prompt: PromptKV | None
@@ -310,16 +314,22 @@ class ServedGraph(nn.Module):
 class PrefixGraph(nn.Module):
     """A prompt's constants in mode `prefix`; shares the encoder's weights with `ServedGraph`."""
 
+    position: Tensor
+
     def __init__(self, served: ServedGraph) -> None:
         super().__init__()
         self.encoder = served.encoder
         self.prompt_tokens = served.prompt_tokens
+        with torch.no_grad():
+            position = served.encoder.position(0, self.prompt_tokens)
+        # A buffer, which keeps its name when traced; the tracer would fold it to a nameless one.
+        self.register_buffer("position", position.contiguous())
 
     def forward(self, prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """prompt [P, D], left padded, and its length (a scalar) -> [L, 2, H, P, K] and [P, D]."""
         slots = torch.arange(self.prompt_tokens, device=prompt.device)
         seen = (slots >= self.prompt_tokens - length)[None]
-        bias = self.encoder.bias(0, self.prompt_tokens, seen)
+        bias = self.position + masked_bias(seen, self.position.dtype)[:, None, None, :]
         states, kv = self.encoder(prompt[None], bias, None)
         return torch.cat(kv, dim=0), states[0]
 
