@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar
 
 from serve.cli import Command, main, option
 from serve.errors import UserError
+from serve.options import (
+    ClusterConfig,
+    ModelConfig,
+    ServerConfig,
+    admin_token,
+    make_classifier,
+    make_limits,
+)
 
 _CHUNK = 512  # lines classified together: enough to sort by length, little enough to stream
-
-
-@dataclass
-class ModelConfig:
-    """Settings shared by the commands that run a model."""
-
-    bundle: str = option(help="folder of the bundle", positional=True)
-    precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
-    threads: int | None = option(None, help="threads; default: the physical cores", minimum=1)
-    providers: list[str] | None = option(
-        None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
-    )
-    token_budget: int = option(
-        4096, help="padded tokens of a batch; more takes memory and gains little", minimum=1
-    )
-    max_rows: int = option(32, help="texts of a batch", minimum=1)
-    max_tokens: int | None = option(
-        None, help="longest text with its template; longer ones are cut", minimum=1
-    )
-    bank_memory: float = option(
-        512.0, help="MiB for the prompts' constants; the least used give way", minimum=0.001
-    )
-    verify: bool = option(True, help="check the hash of every file of the bundle at start")
 
 
 @dataclass
@@ -54,31 +38,11 @@ class ClassifyConfig(ModelConfig):
 
 
 @dataclass
-class HttpConfig(ModelConfig):
+class HttpConfig(ServerConfig):
     """Serve a bundle over HTTP: Open Inference Protocol v2, POST /classify, /metrics, /docs."""
 
-    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    port: int = option(8000, help="port to listen on; 0 for any free one", minimum=0, maximum=65535)
-    max_wait: float = option(
-        2.0, help="milliseconds a request may wait for others to share its batch", minimum=0
-    )
-    max_queue: int = option(
-        1024, help="texts that may wait; past it 429, counted per text", minimum=1
-    )
-    deadline: float = option(
-        10.0, help="seconds from arrival to answer; past it 504", minimum=0.001
-    )
-    max_body: float = option(1.0, help="MiB of a request's body; past it 413", minimum=0.001)
-    workers: int = option(1, help="batches that run at the same time, each on its threads",
-                          minimum=1, maximum=64)  # fmt: skip
     linger: float = option(
         1.0, help="seconds after SIGTERM in which new requests are still answered", minimum=0
-    )
-    drain: float = option(
-        30.0, help="seconds that accepted requests get to finish after that", minimum=0
-    )
-    admin_token: str = option(
-        "", help="turns on adding and removing tasks; better in METAPT_ADMIN_TOKEN"
     )
     access_log: bool = option(False, help="log every request")
 
@@ -97,23 +61,6 @@ class InfoConfig:
     json: bool = option(False, help="as JSON")
 
     examples: ClassVar[list[str]] = ["bundle", "bundle --json"]
-
-
-def _classifier(config: ModelConfig, spin: bool) -> Any:
-    from serve.classifier import MIB, Classifier
-
-    return Classifier(
-        config.bundle,
-        config.precision,
-        threads=config.threads,
-        providers=config.providers,
-        token_budget=config.token_budget,
-        max_rows=config.max_rows,
-        max_tokens=config.max_tokens,
-        bank_memory=int(config.bank_memory * MIB),
-        spin=spin,
-        verify=config.verify,
-    )
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:
@@ -151,7 +98,9 @@ def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
 
 def run_classify(config: ClassifyConfig) -> None:
     """Classify standard input."""
-    classifier = _classifier(config, spin=True)
+    from serve.classifier import Classifier
+
+    classifier = make_classifier(config, Classifier, spin=True)
     if not config.task and len(classifier.tasks) != 1:
         raise UserError(f"--task is missing: the bundle has {', '.join(classifier.tasks)}")
     task = config.task or next(iter(classifier.tasks))
@@ -171,25 +120,24 @@ def run_classify(config: ClassifyConfig) -> None:
 def run_http(config: HttpConfig) -> int:
     """Serve until SIGTERM or SIGINT."""
     try:
-        from serve.http import Limits
         from serve.server import serve_forever
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is not installed: pip install "metapt[http]"') from None
+    from serve.classifier import Classifier
 
-    limits = Limits(
-        max_wait=config.max_wait / 1000,
-        max_queue=config.max_queue,
-        deadline=config.deadline,
-        max_body=int(config.max_body * 2**20),
-        workers=config.workers,
-        linger=config.linger,
-        drain=config.drain,
-    )
-    token = config.admin_token or os.environ.get("METAPT_ADMIN_TOKEN", "")
-    classifier = _classifier(config, spin=False)
-    return serve_forever(
-        classifier, limits, config.host, config.port, token or None, config.access_log
-    )
+    limits = make_limits(config, config.linger)
+    classifier = make_classifier(config, Classifier, spin=False)
+    token = admin_token(config)
+    return serve_forever(classifier, limits, config.host, config.port, token, config.access_log)
+
+
+def run_cluster(config: ClusterConfig) -> int:
+    """Deploy on Ray Serve, and serve until SIGTERM or SIGINT."""
+    try:
+        from serve.cluster import deploy
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is not installed: pip install "metapt[http,ray]"') from None
+    return deploy(config)
 
 
 def run_info(config: InfoConfig) -> None:
@@ -232,6 +180,7 @@ def run_info(config: InfoConfig) -> None:
 COMMANDS = {
     "classify": Command(ClassifyConfig, run_classify),
     "http": Command(HttpConfig, run_http),
+    "cluster": Command(ClusterConfig, run_cluster),
     "info": Command(InfoConfig, run_info),
 }
 

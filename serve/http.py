@@ -63,16 +63,21 @@ class App:
     """
 
     def __init__(
-        self, classifier: Classifier, limits: Limits, admin_token: str | None = None
+        self,
+        classifier: Classifier,
+        limits: Limits,
+        admin_token: str | None = None,
+        metrics: type[Metrics] = Metrics,
     ) -> None:
         """Args:
         classifier: what answers.
         limits: bounds of the queue and of a request.
         admin_token: what adding and removing tasks takes; without one it is off.
+        metrics: what is told about requests and batches.
         """
         self.classifier, self.limits = classifier, limits
         self.draining = False
-        self.metrics = Metrics(lambda: self.batcher.waiting, lambda: len(classifier.tasks))
+        self.metrics = metrics(lambda: self.batcher.waiting, lambda: len(classifier.tasks))
         self.batcher = Batcher(
             classifier.run,
             token_budget=classifier.token_budget,
@@ -84,7 +89,9 @@ class App:
             workers=limits.workers,
             observer=self.metrics,
         )
-        self.side = ThreadPoolExecutor(1, thread_name_prefix="side")  # long texts, new tasks
+        self.side = ThreadPoolExecutor(1, thread_name_prefix="side")  # long texts
+        # New tasks: in a cluster they wait for all replicas, which no text has to wait for.
+        self.admin = ThreadPoolExecutor(1, thread_name_prefix="admin")
         self.all_answered = True
         self._started = False
         self._rest = make_routes(self, admin_token)
@@ -100,6 +107,7 @@ class App:
         self.drain()
         self.all_answered = await self.batcher.stop(seconds)
         self.side.shutdown(wait=False)
+        self.admin.shutdown(wait=False)
 
     def drain(self) -> None:
         """Say that the server is not ready any more."""

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Metrics:
@@ -34,12 +34,12 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"metapt_{name}", text, buckets=buckets, registry=registry)
 
-        self._latency = histogram("request_seconds", "From arrival to answer", _SECONDS)
-        self._queue = histogram("queue_seconds", "A text's wait for its batch", _SECONDS)
-        self._tokenize = histogram("tokenize_seconds", "Tokenizing a request", _SECONDS)
-        self._run = histogram("run_seconds", "Running a batch", _SECONDS)
-        self._rows = histogram("batch_texts", "Texts of a batch", _COUNTS)
-        self._tokens = histogram("batch_tokens", "Tokens of a batch without padding", _COUNTS)
+        self._latency = histogram("request_seconds", "From arrival to answer", SECONDS)
+        self._queue = histogram("queue_seconds", "A text's wait for its batch", SECONDS)
+        self._tokenize = histogram("tokenize_seconds", "Tokenizing a request", SECONDS)
+        self._run = histogram("run_seconds", "Running a batch", SECONDS)
+        self._rows = histogram("batch_texts", "Texts of a batch", COUNTS)
+        self._tokens = histogram("batch_tokens", "Tokens of a batch without padding", COUNTS)
         self._padding = Counter(
             "metapt_padding_tokens", "Padded tokens that were run", registry=registry
         )

@@ -151,7 +151,7 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
         return await app.read_body(request.scope, request.receive, _ADMIN_BODY)
 
     async def aside(work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(app.side, work)
+        return await asyncio.get_running_loop().run_in_executor(app.admin, work)
 
     def route(path: str, summary: str, extra: dict[str, Any]) -> Callable[[Any], Any]:
         def register(handler: Callable[..., Awaitable[Response]]) -> None:
