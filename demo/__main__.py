@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 class DemoConfig:
     """Try prompts in the browser, compare them, teach one.
 
-    Without BUNDLE it shows the one in the cache folder ($METAPT_CACHE, or ~/.cache/metapt), and
-    makes that at the first start, which takes minutes.
+    Without BUNDLE it shows the quick start's (runs/quickstart/bundle), and where there is none, one
+    of the prompts that ship: made at the first start in seconds, without training, and kept in
+    the cache folder ($METAPT_CACHE, or ~/.cache/metapt).
     """
 
     bundle: str | None = option(None, help="folder of a bundle", positional=True)
@@ -67,19 +68,19 @@ def run_demo(config: DemoConfig) -> int:
     """Open the page and serve it until interrupted."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is called outside
     auth = parse_auth(config.auth or os.environ.get("METAPT_DEMO_AUTH", ""))
+    from demo.bundles import find_bundle
+
+    bundle = find_bundle(config.bundle)
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError:
         raise UserError('gradio is not installed: pip install "metapt[demo]"') from None
     from demo.app import build_page
-    from demo.bundles import find_bundle
     from demo.state import Limits, Room
     from demo.theme import CSS, theme
     from serve.classifier import Classifier
 
-    classifier = Classifier(
-        find_bundle(config.bundle), config.precision, threads=config.threads, spin=False
-    )
+    classifier = Classifier(bundle(), config.precision, threads=config.threads, spin=False)
     classifier.warm()
     room = Room(classifier, Limits(config.max_rows, config.max_upload), config.backbone)
     if auth is None and config.share:

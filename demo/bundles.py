@@ -2,40 +2,83 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import trainer
 from serve.errors import Failure
+from serve.files import read_json, sha256
 
 log = logging.getLogger(__name__)
 
+MINI = Path(trainer.__file__).parent / "backbones" / "mini"  # trainer.backbone would load torch
+QUICKSTART = Path("runs/quickstart/bundle")  # where `python -m trainer quickstart` writes
+_LAYOUT = "1"  # of what demo.first makes; another number makes every cached bundle anew
+
 
 def cached() -> Path:
-    """The folder of the first start: `$METAPT_CACHE/demo`, or `~/.cache/metapt/demo`."""
+    """The folder of first starts: `$METAPT_CACHE/demo`, or `~/.cache/metapt/demo`."""
     chosen = os.environ.get("METAPT_CACHE")
     base = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "metapt"
     return base / "demo"
 
 
-def find_bundle(named: str | None) -> Path:
-    """The bundle that is named, or the cached one, made first where it is missing.
+def shipped(backbone: Path = MINI) -> Path:
+    """The folder of the bundle of the prompts that ship, by what these and the backbone hold."""
+    whole = hashlib.sha256(_LAYOUT.encode())
+    for path in sorted(backbone.rglob("*.safetensors")):
+        whole.update(f"{path.relative_to(backbone)} {sha256(path)}".encode())
+    return cached() / f"shipped-{whole.hexdigest()[:12]}"
+
+
+def from_quickstart(backbone: Path = MINI) -> Path | None:
+    """The quick start's bundle, where it was run here and is of today's backbone."""
+    header = QUICKSTART / "bundle.json"
+    if not header.is_file():
+        return None
+    of = read_json(header).get("backbone") or {}
+    if of.get("id") == "mini" and of.get("sha256") != sha256(backbone / "model.safetensors"):
+        log.info("%s is of an earlier mini: not shown, run the quick start again", QUICKSTART)
+        return None
+    return QUICKSTART
+
+
+def find_bundle(named: str | None) -> Callable[[], Path]:
+    """Begin to look for the bundle; what is given back waits for it.
+
+    It is the one that is named, or the quick start's, or one of the prompts that ship, which is
+    made where it is missing: in a process of its own, so that the page can load meanwhile, and
+    torch's memory goes when it ends.
 
     Raises:
-        Failure: making it failed.
+        Failure: making it failed (when it is waited for).
     """
-    if named is not None:
-        return Path(named)
-    folder = cached()
-    if not (folder / "bundle" / "bundle.json").is_file():
-        log.info("first start: making a bundle in %s, which takes minutes and is kept", folder)
-        # In a process of its own, so that the memory of training goes when it ends. A stopped run
-        # goes on at the next start: every stage keeps its result.
-        command = [sys.executable, "-m", "trainer", "quickstart", "--out", str(folder)]
-        code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    found = Path(named) if named is not None else from_quickstart()
+    if found is not None:
+        return lambda: found
+    folder = shipped()
+    bundle = folder / "bundle"
+    if (bundle / "bundle.json").is_file():
+        return lambda: bundle
+    log.info("first start: making a bundle of the prompts that ship, in %s, which keeps it", folder)
+    process = subprocess.Popen([sys.executable, "-m", "demo.first", "--out", str(folder)])
+
+    def wait() -> Path:
+        try:
+            code = process.wait()
+        except BaseException:  # interrupted: the other process must not go on alone
+            process.terminate()
+            raise
         if code != 0:
-            raise Failure("the bundle could not be made, for the reason above: correct that and "
-                          "start again, or name a bundle: python -m demo BUNDLE")  # fmt: skip
-    return folder / "bundle"
+            raise Failure(
+                "the bundle could not be made, for the reason above: correct that and start "
+                "again, or name a bundle: python -m demo BUNDLE"
+            )
+        return bundle
+
+    return wait

@@ -12,6 +12,7 @@ from serve.errors import UserError
 KINDS = {
     "tuned": ("Tuned prompt", "as it is served"),
     "metapt": ("MetaPT start", "meta-trained, never tuned on the task"),
+    "start": ("Start that ships", "Teach begins with it; never tuned on the task"),
     "from-random": ("Tuned from random", "the same samples, without MetaPT"),
     "from-ppt": ("Tuned from PPT", "the same samples, another start"),
     "ppt": ("PPT start", "pre-trained without clusters, never tuned"),

@@ -24,7 +24,9 @@ MAX_TEXT = (
     5000  # characters of one text; the graph cuts far below, this bounds the tokenizer's work
 )
 IDLE = 3600.0  # seconds after which a silent visitor's tasks may go
-STARTS = ("metapt", "ppt")  # methods whose prompts are starting points, not tasks
+# Methods whose prompts are starting points, not tasks; `start` is the best prompt that ships with a
+# backbone for which MetaPT has found none.
+STARTS = ("metapt", "ppt", "start")
 _FROM = "-from-"  # "film-from-random" is the task "film", tuned from another start
 
 
@@ -258,15 +260,19 @@ class Room:
     # ---- prompts of other origin -------------------------------------------------------------
 
     def start(self, method: str) -> Task | None:
-        """The bundle's starting point of that method (`metapt`, `ppt`), if it carries one."""
+        """The bundle's starting point of that method (one of `STARTS`), if it carries one."""
         return next((t for t in self.bundled.values() if t.info.get("method") == method), None)
+
+    def best_start(self) -> Task | None:
+        """The starting point that a lesson begins with; the bundle may carry none."""
+        return self.start("metapt") or self.start("start")
 
     def variants(self, session: str, name: str) -> dict[str, str]:
         """The prompts that a task can be read with: kind -> the classifier's task name.
 
-        `tuned` is the task's own; `metapt` and `ppt` are the untuned starting points that the
-        bundle carries; `from-random` and the like are tuned from another start; `random` is noise
-        of the spread of the task's own prompt. They share labels and template.
+        `tuned` is the task's own; `metapt`, `ppt` and `start` are the untuned starting points
+        that the bundle carries; `from-random` and the like are tuned from another start; `random`
+        is noise of the spread of the task's own prompt. They share labels and template.
         """
         key = self.key(session, name)
         own = self._peek(session)

@@ -1,4 +1,4 @@
-"""Teaching: from a handful of examples to a task that is served, twice: from MetaPT and at random.
+"""Teaching: from a handful of examples to a task that is served, from the best start and at random.
 
 The prompt is tuned by `trainer.tune`, in a thread; what it measures comes out of an iterator.
 """
@@ -32,6 +32,7 @@ STEPS = 60  # at most; patience usually ends a run before
 # Above appendix A.4's 3e-3: a visitor waits, and more steps would be needed there.
 RATE = 1e-2
 SEED = 1
+RUNS = ("best", "random")  # the starts of a lesson
 
 
 class Cancelled(Exception):
@@ -57,7 +58,7 @@ class Step:
     """One evaluation of a run.
 
     Attributes:
-        run: `metapt` or `random` (the start); step: of the optimizer.
+        run: `best` or `random` (the start); step: of the optimizer.
         loss: of the training batch, None before the first step; accuracy: on held-out examples.
     """
 
@@ -225,9 +226,9 @@ def _nearest_word(backbone: Backbone, label: str, taken: set[int]) -> tuple[str,
 
 
 def start_params(room: Room, backbone: Backbone, run: str) -> Any:
-    """The tensors that a run starts from: the bundle's MetaPT prompt, or random numbers.
+    """The tensors that a run starts from: the bundle's best start, or random numbers.
 
-    A bundle without a MetaPT prompt lets the first run start from vocabulary words.
+    A bundle that carries no start lets the first run begin with vocabulary words.
     """
     import torch
 
@@ -235,8 +236,8 @@ def start_params(room: Room, backbone: Backbone, run: str) -> Any:
     from trainer.modes import deepen
 
     bundle = room.classifier.bundle
-    start = room.start("metapt")
-    if run == "metapt" and start is not None:
+    start = room.best_start()
+    if run == "best" and start is not None:
         arrays = bundle.read_prompt(start)
         keys = ("kv", "states") if bundle.mode == "deep" else ("prompt_embeddings",)
         params = {key: torch.from_numpy(arrays[key]).to(backbone.device) for key in keys}
@@ -248,8 +249,8 @@ def start_params(room: Room, backbone: Backbone, run: str) -> Any:
 
 
 def prompt_length(room: Room) -> int:
-    """P of a taught prompt: the MetaPT start's, or the longest the graph takes."""
-    start = room.start("metapt")
+    """P of a taught prompt: that of the best start, or the longest that the graph takes."""
+    start = room.best_start()
     if start is None:
         return room.classifier.bundle.prompt_tokens
     return len(room.classifier.bundle.read_prompt(start)["prompt_embeddings"])
@@ -278,7 +279,7 @@ def study(
     learn, held = split(lesson.classes)
     lessons.held = len(held)
     pool = Examples(lesson.texts, np.array(lesson.classes), tuple(lesson.labels), "the examples")
-    for run in ("metapt", "random"):
+    for run in RUNS:
         yield from _study_one(
             room, backbone, task, pool.take(learn), pool.take(held), run, cancel, lessons
         )

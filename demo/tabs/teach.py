@@ -31,13 +31,34 @@ from demo.teach import (
 from serve.errors import UserError
 
 _REDRAW = 0.7  # seconds between two drawings of the curves, which cost a browser more than a step
-_COLOURS = {"MetaPT start": "#0d9488", "vocabulary start": "#0d9488", "random start": "#d97706"}
+_COLOURS = {"MetaPT start": "#0d9488", "shipped start": "#0d9488",
+            "vocabulary start": "#0d9488", "random start": "#d97706"}  # fmt: skip
+
+
+_TITLES = {"metapt": "MetaPT start", "start": "shipped start", None: "vocabulary start"}
 
 
 def run_titles(room: Room) -> dict[str, str]:
-    """What the two runs are called: a bundle without a MetaPT prompt starts from words."""
-    first = "MetaPT start" if room.start("metapt") is not None else "vocabulary start"
-    return {"metapt": first, "random": "random start"}
+    """What the two runs are called, by the start that the bundle carries."""
+    start = room.best_start()
+    return {
+        "best": _TITLES[None if start is None else start.info["method"]],
+        "random": "random start",
+    }
+
+
+def start_words(room: Room) -> str:
+    """The lead's words for the better start."""
+    start = room.best_start()
+    if start is None:
+        return "words of the vocabulary (this bundle carries no start)"
+    if start.info["method"] == "metapt":
+        return "the MetaPT start"
+    shown = ", ".join(plain(label) for label in start.labels)
+    return (
+        f"the shipped start (trained with the backbone for “{shown}”; no MetaPT start ships with "
+        "it yet)"
+    )
 
 
 @dataclass
@@ -103,8 +124,8 @@ def build(room: Room) -> TeachTab:
     gr.Markdown(
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
         "prompt is tuned on two thirds of them and tested on the rest, once from the "
-        f"{runs['metapt']} and once from random numbers. It is served in every tab at once, to you "
-        "alone, until you close the page.",
+        f"{start_words(room)} and once from random numbers. It is served in every tab at once, to "
+        "you alone, until you close the page.",
         elem_classes="lead",
     )
     with gr.Row():
@@ -205,7 +226,7 @@ def build(room: Room) -> TeachTab:
                     continue
                 steps.append(item)
                 if item.run == "random" and not early:
-                    # The MetaPT run is done: its prompt need not wait for the comparison.
+                    # The first run is done: its prompt need not wait for the comparison.
                     serve(session, visitor, lesson, lessons)
                     early = True
                 if time.monotonic() - drawn < _REDRAW:
@@ -228,7 +249,7 @@ def build(room: Room) -> TeachTab:
         except KNOWN as error:
             yield idle("Not taught.", error)
             return
-        path = write_zip(lessons.prompts["metapt"])
+        path = write_zip(lessons.prompts["best"])
         yield (
             f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
             + result_line(lessons, right, runs),
@@ -244,13 +265,13 @@ def build(room: Room) -> TeachTab:
         """Serve what has been learned; returns how many held-out examples the graph gets right."""
         from demo.teach import split
 
-        record, arrays = served(room, lessons.prompts["metapt"])
+        record, arrays = served(room, lessons.prompts["best"])
         variants = {}
         if "random" in lessons.prompts:
             variants["from-random"] = served(room, lessons.prompts["random"])[1]
-        start = room.start("metapt")
+        start = room.best_start()
         if start is not None:
-            variants["metapt"] = room.classifier.bundle.read_prompt(start)
+            variants[start.info["method"]] = room.classifier.bundle.read_prompt(start)
         tries = sample.TRY if lesson.labels == list(sample.EXAMPLES) else lesson.texts[:3]
         taught = room.add(session, lesson.name, record, arrays, variants, tries, visitor)
         held = split(lesson.classes)[1]
