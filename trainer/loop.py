@@ -35,10 +35,11 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each tensor
 
 @dataclass
 class Score:
-    """An evaluation."""
+    """An evaluation; `more` is measured beside it and goes into the metrics as it is."""
 
     accuracy: float
     loss: float
+    more: dict[str, float] = field(default_factory=dict)
 
     def better_than(self, other: Score | None, by: str = "accuracy") -> bool:
         """Whether this is the new best; between equals the other figure decides."""
@@ -238,6 +239,7 @@ class Loop:
             **measured,
             "validation_accuracy": score.accuracy,
             "validation_loss": score.loss,
+            **score.more,
             "rate": self.schedule.rate * self.schedule.factor(max(0, state.step - 1)),
         }
         state.metrics.append(line)

@@ -22,12 +22,13 @@ from trainer.modes import Params, add_group
 from trainer.options import PromptOptions, checkpoint_folder, output_folder
 from trainer.parallel import workers
 from trainer.prompt import DEFAULT_TEMPLATE, Prompt, TaskRecord, save_prompt
+from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
 from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS
 from trainer.tune import epoch_stream, prompt_gradient
-from trainer.variants import InnerRates, hold_out_clusters
+from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_size
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,11 @@ class MetaConfig(SourceOptions):
     kept.
     """
 
-    inner_rate: float = option(0.08, help="alpha, plain gradient descent (A.3)", minimum=0)
+    inner_rate: float = option(
+        0.08, minimum=0,
+        help="alpha, plain gradient descent (A.3; the paper's models). 0: the one that lowers the "
+        "query loss most at the start, by search",
+    )  # fmt: skip
     rate: float = option(0.025, help="beta, AdamW (A.3)", minimum=0)
     samples: int = option(4, help="M, support rows a task, and as many query rows", minimum=1)
     inner_steps: int = option(1, help="inner steps (equation 1) a task", minimum=1)
@@ -202,7 +207,12 @@ def meta_train(
         for part in (train, held)
     )
     episodes = _episodes(held, config.samples, config.seed)
-    rates = InnerRates(params, float(config.inner_rate), learned=config.learn_rates)
+    batches = [
+        (held_rows.batch(support), held_rows.batch(query), tasks)
+        for support, query, tasks in episodes
+    ]
+    alpha = float(config.inner_rate) or _search_rate(scorer, params, batches)
+    rates = InnerRates(params, alpha, learned=config.learn_rates)
     trained = {**params, **rates.trained}
     stages = scorer.stages()
 
@@ -232,20 +242,21 @@ def meta_train(
 
     def evaluate() -> Score:
         """Query loss and accuracy after adaptation, on episodes of held-out rows."""
-        losses, hits, count = 0.0, 0, 0
-        for support, query, tasks in episodes:
-            query_batch = held_rows.batch(query)
+        losses, hits, count, moved = 0.0, 0, 0, 0.0
+        for support, query, tasks in batches:
             copies, _ = adapt(
-                scorer, add_group(params, tasks), held_rows.batch(support),
+                scorer, add_group(params, tasks), support,
                 inner_rate=rates.now(), inner_steps=config.inner_steps, second_order=False,
             )  # fmt: skip
             with torch.no_grad():
-                scores = scorer(copies, query_batch)
-                assert query_batch.labels is not None
-                losses += float(task_losses(scores, query_batch.labels, tasks).sum())
-                hits += int((scores.argmax(-1) == query_batch.labels).sum())
+                scores = scorer(copies, query)
+                assert query.labels is not None
+                losses += float(task_losses(scores, query.labels, tasks).sum())
+                hits += int((scores.argmax(-1) == query.labels).sum())
+            moved += step_size(params, copies) / len(batches)
             count += tasks
-        return Score(hits / (count * config.samples), losses / count)
+        more = {"inner_rate": alpha, "inner_step": moved}
+        return Score(hits / (count * config.samples), losses / count, more)
 
     schedule = Schedule(
         steps=config.steps, rate=config.rate,
@@ -258,6 +269,16 @@ def meta_train(
     loop.run()
     loop.best = {name: value for name, value in loop.best.items() if name in params}
     return loop
+
+
+def _search_rate(scorer: Scorer, params: Params, batches: list[tuple[Batch, Batch, int]]) -> float:
+    found = query_losses(scorer, params, batches[: _EPISODES // 2])
+    best = min(found, key=lambda rate: found[rate])
+    log.info(
+        "inner rate %g: query loss after one inner step %s", best,
+        ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in found.items()),
+    )  # fmt: skip
+    return best
 
 
 def _episodes(

@@ -13,13 +13,13 @@ import torch
 from serve.errors import UserError
 from trainer.backbone import Backbone, load_backbone
 from trainer.loop import Loop, Score
-from trainer.meta import TaskSampler, outer_gradient
+from trainer.meta import TaskSampler, adapt, outer_gradient
 from trainer.modes import Params, add_group
 from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.source import MetaConfig, PretrainConfig, SourceData, meta_train, pretrain
 from trainer.t5 import Packing
-from trainer.variants import InnerRates, hold_out_clusters
+from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_size
 
 TASKS, SAMPLES, ALPHA = 3, 2, 0.3
 WORDS = ["bad", "okay", "good"]
@@ -179,6 +179,38 @@ def test_the_prompt_of_the_lowest_held_out_loss_is_kept(
     else:
         loop = pretrain(own, data, PretrainConfig(**common, batch=16), quiet=True)
     assert loop.state.best_step == 1 and loop.state.best == Score(0.2, 0.8)
+
+
+def test_the_query_loss_at_each_inner_rate_is_the_loops(
+    backbone: Backbone, batches: tuple[Batch, Batch]
+) -> None:
+    scorer, params, rates = Scorer(backbone, WORDS, "prefix"), prompt(), (0.1, 3.0, 40.0)
+    found = query_losses(scorer, params, [(*batches, TASKS)] * 2, rates)
+    own, want, moved = params["prompt_embeddings"], dict.fromkeys(rates, 0.0), []
+    for task in range(TASKS):
+        (gradient,) = torch.autograd.grad(task_loss(scorer, own, batches[0], task), own)
+        moved.append(float(3.0 * gradient.norm() / own.detach().norm()))
+        for rate in rates:
+            loss = task_loss(scorer, own - rate * gradient, batches[1], task)
+            want[rate] += float(loss.detach()) / TASKS
+    assert found == pytest.approx(want, rel=1e-10)
+    adapted, _ = adapt(
+        scorer, add_group(params, TASKS), batches[0], inner_rate=3.0, second_order=False
+    )
+    assert step_size(params, adapted) == pytest.approx(sum(moved) / TASKS, rel=1e-10)
+
+
+def test_an_inner_rate_of_0_is_searched_for(tiny_t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {0.1: 1.5, 3.0: 1.2, 10.0: 1.4}
+    monkeypatch.setattr("trainer.source.query_losses", lambda *_: losses)
+    data = SourceData(["film", "bad", "plot"] * 40, np.arange(120) % 3, np.arange(120) % 2, 3)
+    config = MetaConfig(
+        data="", out="", mode="prefix", prompt_tokens=3, steps=1, samples=2, inner_rate=0.0
+    )
+    own = load_backbone(str(tiny_t5))
+    line = meta_train(own, data, config, quiet=True).state.metrics[0]
+    given = meta_train(own, data, replace(config, inner_rate=3.0), quiet=True).state.metrics[0]
+    assert line == given and line["inner_rate"] == 3.0 and line["inner_step"] > 0
 
 
 def test_packing_is_undone_by_unpacking() -> None:

@@ -54,7 +54,9 @@ class ReproduceConfig:
     meta_steps: int = option(20_000, help="outer steps of MetaPT at most (A.3)", minimum=1)
     meta_evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
     meta_patience: int = option(6, help="evaluations without a better score (A.3)", minimum=1)
-    inner_rate: float = option(0.08, help="alpha (A.3)", minimum=0)
+    inner_rate: float = option(
+        0.08, help="alpha (A.3); 0: by search at the start, beyond the paper", minimum=0
+    )
     outer_rate: float = option(0.025, help="beta (A.3)", minimum=0)
     inner_steps: int = option(1, help="inner steps", minimum=1)
     samples: int = option(4, help="support rows a task, and as many query rows (A.3)", minimum=1)
