@@ -241,10 +241,14 @@ def deploy(config: ClusterConfig) -> int:
     if config.ray == "local":
         from serve import bundle as bundles
 
-        bundles.load(config.bundle, verify=False).graph(config.precision)  # a clear error, at once
+        # A clear error at once; a replica's is found in Ray's logs, after three attempts.
+        bundles.load(config.bundle, verify=config.verify).graph(config.precision)
         _check_port(config.host, config.port)
         config.bundle = os.path.abspath(config.bundle)
     connect(config.ray)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    if config.ray == "local":
+        _check_cores(config)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
         signal.signal(number, lambda *_: ended.set())
@@ -262,9 +266,18 @@ def deploy(config: ClusterConfig) -> int:
         ray_serve.delete(NAME)
         return 0
     finally:
-        if config.ray == "local":
-            ray_serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # a local Ray ends with it
+
+
+def _check_cores(config: ClusterConfig) -> None:
+    """Raises: UserError when replicas would wait for ever for processors that nobody adds."""
+    needed = config.replicas * (config.threads or 1) * config.workers
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if needed > there:
+        raise UserError(
+            f"--replicas {config.replicas} of {needed // config.replicas} threads need {needed} "
+            f"processors, this machine has {there}: pass fewer, or a larger cluster as --ray"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,11 @@ ends the process.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+from typing import Any
 
 import grpc
 import ray
@@ -31,15 +33,17 @@ def connect(address: str) -> None:
         Failure: nothing that is Ray answers there within seconds.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what runs here is nobody's business
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address == "local":
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
-        return
-    if address != "auto":
+        quiet["include_dashboard"] = False
+    elif address != "auto":
         _probe(address)
     try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        ray.init(address=address, **quiet)
+    except Exception as error:  # Ray raises the bare Exception when its processes do not start
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if address == "local":
+            raise Failure(f"Ray does not start on this machine: {first}") from error
         raise Failure(
             f"cannot connect to Ray at '{address}' ({first}): is the cluster up (ray status), and "
             "of the same versions of Ray and Python?"

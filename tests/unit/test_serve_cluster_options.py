@@ -1,0 +1,194 @@
+"""What needs Ray's package but no cluster: settings, addresses, what is imported."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.errors import Failure, UserError
+from serve.options import ClusterConfig
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("ray.serve", reason="needs the extra: pip install 'metapt[http,ray]'")
+
+
+def test_replicas_scale_with_the_requests_under_way() -> None:
+    from serve.cluster import application
+
+    built = application(
+        ClusterConfig("b", replicas=2, max_replicas=5, queue_target=7, threads=3, workers=2)
+    )
+    deployment = built._bound_deployment  # type: ignore[attr-defined]
+    config = deployment._deployment_config
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 7
+    assert deployment.ray_actor_options["num_cpus"] == 6
+    # Our own queue answers 429 before Ray keeps a request back.
+    assert config.max_ongoing_requests > 1024 and config.max_queued_requests == 1024
+
+
+def test_without_a_maximum_the_number_of_replicas_stays() -> None:
+    from serve.cluster import application
+
+    deployment = application(ClusterConfig("b", replicas=3))._bound_deployment  # type: ignore[attr-defined]
+    assert deployment._deployment_config.autoscaling_config is None
+    assert deployment._deployment_config.num_replicas == 3
+    with pytest.raises(UserError, match="--max-replicas 1 is less than --replicas 2"):
+        application(ClusterConfig("b", replicas=2, max_replicas=1))
+
+
+def test_rays_own_command_passes_settings_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve.cluster import app
+
+    monkeypatch.setenv("METAPT_BUNDLE", "/shared/bundle")
+    monkeypatch.setenv("METAPT_ADMIN_TOKEN", "secret")
+    built = app({"precision": "int8", "threads": "2", "verify": "false", "deadline": "3.5"})
+    config = built._bound_deployment.init_args[0]  # type: ignore[attr-defined]
+    assert config == ClusterConfig(
+        "/shared/bundle", "int8", threads=2, verify=False, deadline=3.5, admin_token="secret"
+    )
+    with pytest.raises(UserError, match="--threads takes a whole number"):
+        app({"threads": "two"})
+    with pytest.raises(UserError, match="port: pass it to Ray"):
+        app({"port": "80"})
+    monkeypatch.delenv("METAPT_BUNDLE")
+    with pytest.raises(UserError, match="BUNDLE is missing"):
+        app({})
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host", "host:99999999", "http://host:1"])
+def test_what_is_no_address_is_said(address: str) -> None:
+    from serve.raylink import connect
+
+    with pytest.raises(UserError, match="is no address of a Ray cluster"):
+        connect(address)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_closed_port_is_a_failure(scheme: str) -> None:
+    from serve.raylink import connect
+
+    with pytest.raises(Failure, match=r"no Ray cluster answers.*refused"):
+        connect(f"{scheme}127.0.0.1:1")
+
+
+def test_a_port_that_is_not_rays_is_a_failure_within_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from serve import raylink
+
+    monkeypatch.setattr(raylink, "_PATIENCE", 0.5)
+    monkeypatch.setattr(raylink.ray, "init", lambda **_: pytest.fail("would hang for minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(Failure, match="nobody speaks Ray's protocol there"):
+            raylink.connect(f"127.0.0.1:{port}")
+
+
+def test_no_cluster_on_this_machine_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve import raylink
+
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(raylink.ray, "init", init)
+    with pytest.raises(Failure, match=r"cannot connect to Ray at .auto. .Could not find"):
+        raylink.connect("auto")
+
+
+def test_without_ray_the_error_names_the_extra(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from serve.cli import run\n"
+        "from serve.__main__ import COMMANDS\n"
+        "sys.exit(run('serve', '', COMMANDS, ['cluster', 'bundle']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, 'error: ray is not installed: pip install "metapt[http,ray]"\n'
+    )  # fmt: skip
+
+
+def test_a_bundle_that_is_not_there_and_a_port_that_is_taken_are_said_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serve_toy as toy
+
+    from serve import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda _: pytest.fail("Ray was started"))
+    with pytest.raises(UserError, match="is not a folder"):
+        cluster.deploy(ClusterConfig(str(tmp_path / "missing")))
+    folder = toy.make_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match="no precision 'int8'"):
+        cluster.deploy(ClusterConfig(str(folder), precision="int8"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(Failure, match=f"cannot listen on 127.0.0.1 port {port}"):
+            cluster.deploy(ClusterConfig(str(folder), port=port))
+    with pytest.raises(UserError, match="--detach needs a cluster that stays"):
+        cluster.deploy(ClusterConfig(str(folder), detach=True))
+    (folder / "weights.data").write_bytes(b"short")
+    with pytest.raises(Failure, match=r"weights\.data"):
+        cluster.deploy(ClusterConfig(str(folder)))
+
+
+def test_serving_on_ray_imports_none_of_the_heavy_packages() -> None:
+    code = """
+import sys
+import serve.cluster
+heavy = {"torch", "transformers", "onnx", "sklearn", "gradio", "peft"}
+sys.exit(", ".join(sorted((heavy | {"trainer", "exporter", "demo"}) & set(sys.modules))) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Ledger:
+    """Stands for the deployment handle: each method's `remote` awaits the real ledger."""
+
+    def __init__(self, ledger: object) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> object:
+        call = getattr(self._ledger, name)
+        return type("Method", (), {"remote": staticmethod(call)})()
+
+
+def test_a_replica_joins_before_it_is_ready_and_a_dead_follower_is_unhealthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import asyncio
+
+    import serve_toy as toy
+
+    from serve import cluster
+    from serve.ledger import GONE
+    from serve.ledger import Ledger as Real
+    from serve.metrics import Metrics
+
+    monkeypatch.setattr(cluster, "RayMetrics", Metrics)  # Ray's own want a process of Ray's
+    folder = toy.make_bundle(tmp_path / "b")
+
+    async def story() -> None:
+        real = Real()
+        await real.publish("food", GONE, None, 0, 0)
+        server = cluster.Server(ClusterConfig(str(folder)), Ledger(real), "one")  # type: ignore[arg-type]
+        assert not server.app.ready()
+        await server.start()
+        assert server.app.ready() and set(server._classifier.tasks) == {"film"}
+        server.check()
+        assert server._following is not None
+        server._following.cancel()
+        await asyncio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="does not follow"):
+            server.check()
+        await server.stop()
+        assert not real._members
+
+    asyncio.run(asyncio.wait_for(story(), 20))
