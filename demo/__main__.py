@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from serve.cli import Command, option, run
 from serve.errors import Failure, UserError
@@ -75,9 +74,8 @@ def run_demo(config: DemoConfig) -> int:
         import gradio  # noqa: F401
     except ModuleNotFoundError:
         raise UserError('gradio is not installed: pip install "metapt[demo]"') from None
-    from demo.app import build_page
+    from demo.app import build_page, open_page
     from demo.state import Limits, Room
-    from demo.theme import CSS, theme
     from serve.classifier import Classifier
 
     classifier = Classifier(bundle(), config.precision, threads=config.threads, spin=False)
@@ -86,14 +84,11 @@ def run_demo(config: DemoConfig) -> int:
     if auth is None and config.share:
         log.warning("--share without --auth: whoever has the address can use this machine")
     page = build_page(room)
-    settings: dict[str, Any] = {
-        "server_name": config.host, "server_port": config.port, "root_path": config.root_path,
-        "share": config.share, "auth": auth, "inbrowser": config.browser,
-        "max_file_size": int(config.max_upload * 1e6), "theme": theme(), "css": CSS,
-        "ssr_mode": False, "quiet": True, "show_error": True, "footer_links": ["api", "settings"],
-    }  # fmt: skip
     try:
-        _, local, public = page.launch(**settings, prevent_thread_lock=True)
+        local, public = open_page(
+            page, room, server_name=config.host, server_port=config.port, auth=auth,
+            root_path=config.root_path, share=config.share, inbrowser=config.browser,
+        )  # fmt: skip
     except OSError as error:  # Gradio has no finer kind for a port that is taken
         raise Failure(f"cannot listen on {config.host} ({error}): pass another --port") from None
     log.info("ready on %s%s", local, f" and {public}" if public else "")

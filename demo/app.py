@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from demo import api
+from demo.head import PlainHead
 from demo.parts import session_of
 from demo.state import MAX_TEXT, Room
 from demo.tabs import bonnet, classify, compare, many, teach, why
+from demo.theme import CSS, theme
 
 TITLE = "MetaPT: one backbone, a prompt for each task"
 _LEAD = (
@@ -69,3 +72,30 @@ def build_page(room: Room) -> gr.Blocks:
         page.unload(leave)
     page.queue(max_size=_WAITING, default_concurrency_limit=4)
     return page
+
+
+def open_page(page: gr.Blocks, room: Room, **settings: Any) -> tuple[str, str | None]:
+    """Serve the page in threads of this process.
+
+    Args:
+        settings: of `Blocks.launch`: server_name, server_port, auth, root_path, share ...
+
+    Returns:
+        Its address on this machine, and with `share` the public one.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    _, local, public = page.launch(
+        prevent_thread_lock=True,
+        max_file_size=int(room.limits.megabytes * 1e6),
+        theme=theme(),
+        css=CSS,
+        ssr_mode=False,
+        quiet=True,
+        show_error=True,
+        footer_links=["api", "settings"],
+        app_kwargs={"middleware": [Middleware(PlainHead, title=TITLE, description=_LEAD)]},
+        **settings,
+    )
+    return local, public

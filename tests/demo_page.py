@@ -35,20 +35,21 @@ def export_tiny(folder: Path, backbone_folder: Path, tokens: int = 6) -> Path:
 
 
 @contextmanager
-def served_page(bundle: Path, **options: Any) -> Iterator[tuple[str, Any]]:
-    """The page at work: its address and its room. `options` go to `Room`."""
+def served_page(
+    bundle: Path, launch: dict[str, Any] | None = None, **options: Any
+) -> Iterator[tuple[str, Any]]:
+    """The page at work: its address and its room.
+
+    `launch` goes to `demo.app.open_page`, `options` to `Room`.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from demo.app import build_page
+    from demo.app import build_page, open_page
     from demo.state import Room
-    from demo.theme import CSS, theme
     from serve.classifier import Classifier
 
     room = Room(Classifier(bundle, threads=1, spin=False), **options)
     page = build_page(room)
-    _, address, _ = page.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False,
-        theme=theme(), css=CSS, show_error=True, max_file_size=int(room.limits.megabytes * 1e6),
-    )  # fmt: skip
+    address, _ = open_page(page, room, **{"server_name": "127.0.0.1", **(launch or {})})
     try:
         yield address, room
     finally:

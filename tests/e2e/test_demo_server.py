@@ -1,0 +1,144 @@
+"""How the demo is served: behind a password, behind a proxy's path, by a public relay, or not."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serve_toy as toy
+from demo_page import served_page
+
+from demo.__main__ import DemoConfig, run_demo
+from serve.errors import Failure
+
+pytest.importorskip("gradio")
+gradio_client = pytest.importorskip("gradio_client")
+httpx = pytest.importorskip("httpx")
+
+TEXT = "the film was very long and great"
+TIMEOUT = {"timeout": 120}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make_bundle(tmp_path_factory.mktemp("demo") / "bundle")
+
+
+def test_a_password_is_asked_for_and_opens(bundle: Path) -> None:
+    with served_page(bundle, {"auth": ("ada", "secret")}) as (address, _):
+        for path in ("config", "gradio_api/info"):
+            assert httpx.get(address + path, timeout=120).status_code == 401
+        refused = httpx.post(
+            address + "login", data={"username": "ada", "password": "wrong"}, timeout=120
+        )
+        assert refused.status_code == 400
+        found = gradio_client.Client(
+            address, auth=("ada", "secret"), verbose=False, httpx_kwargs=TIMEOUT
+        )
+        assert found.predict(TEXT, "film", api_name="/classify")["label"]
+
+
+@contextmanager
+def proxy(target: str, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """A reverse proxy that shows `target` under a path, as nginx's proxy_pass with a slash does."""
+    host, port = target.removeprefix("http://").rstrip("/").split(":")
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def forward(self) -> None:
+            seen.append(self.path)
+            if not self.path.startswith(prefix + "/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            inner = http.client.HTTPConnection(host, int(port), timeout=120)
+            headers = {**self.headers, "Connection": "close"}
+            inner.request(self.command, self.path.removeprefix(prefix), body, headers)
+            answer = inner.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            while part := answer.read1(65536):
+                self.wfile.write(part)
+                self.wfile.flush()
+            inner.close()
+
+        do_GET = do_POST = forward  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}/", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_it_works_under_the_path_of_a_proxy(bundle: Path) -> None:
+    with (
+        served_page(bundle, {"root_path": "/demo"}) as (address, room),
+        proxy(address, "/demo") as (outside, seen),
+    ):
+        page = httpx.get(outside, timeout=120).text
+        assert re.search(r'"root":"' + outside.rstrip("/") + '"', page)
+        for name in re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page)[:5]:
+            assert httpx.get(outside + name, timeout=120).status_code == 200
+        found = gradio_client.Client(outside, verbose=False, httpx_kwargs=TIMEOUT)
+        answer = found.predict(TEXT, "film", api_name="/classify")
+        assert answer["label"] == room.classifier.classify([TEXT], "film")[0].label
+    assert all(path.startswith("/demo/") for path in seen)
+
+
+def test_previews_of_a_link_name_no_address_outside(bundle: Path) -> None:
+    with served_page(bundle) as (address, _):
+        page = httpx.get(address, timeout=120).text
+        head = page[: page.index("</head>")]
+        assert not re.findall(r'(?:content|href|src)="https?://', head)
+        assert 'property="og:title" content="MetaPT' in head and 'name="description"' in head
+        assert 'charset="utf-8"' in head and 'name="viewport"' in head
+
+
+class Launched(Exception):
+    """The page would be open now."""
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_only_the_flag_opens_a_public_address(
+    bundle: Path, share: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import gradio as gr
+
+    given: dict[str, Any] = {}
+
+    def launch(_: gr.Blocks, **settings: Any) -> None:
+        given.update(settings)
+        raise Launched
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    with pytest.raises(Launched):
+        run_demo(DemoConfig(bundle=str(bundle), share=share, threads=1))
+    assert given["share"] is share and given["server_name"] == "127.0.0.1"
+    assert ("whoever has the address" in caplog.text) is share
+
+
+def test_a_port_in_use_is_one_line(bundle: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Failure, match=r"cannot listen on 127.0.0.1 .*: pass another --port"):
+            run_demo(DemoConfig(bundle=str(bundle), port=port, threads=1))
