@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from serve.errors import Failure, UserError
 from trainer.remote import Source, expand, is_url, name_of
 from trainer.tables import check_file, decoded_lines, iterate_rows, kind_of
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".text", ".md", "")
@@ -212,8 +214,8 @@ def sentences(
                     yield Sentence(text, name_of(path))
 
 
-def tolerant(stream: Iterator[str], path: Source, report: Callable[[str], None]) -> Iterator[str]:
-    """A file's texts up to where it cannot be read, which is reported in one line."""
+def tolerant(stream: Iterator[T], path: Source, report: Callable[[str], None]) -> Iterator[T]:
+    """A file's rows up to where it cannot be read, which is reported in one line."""
     try:
         yield from stream
     except GeneratorExit:

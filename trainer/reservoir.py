@@ -193,8 +193,9 @@ class Reservoir:
             for key, entry in kept.items()
         ]
         names = ("label", "rank", "text", "confidence", "source", "place", "within", "times")
-        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
-        columns = {name: columns.get(name, []) for name in names}
+        columns: dict[str, Any] = {
+            name: [row[position] for row in rows] for position, name in enumerate(names)
+        }
         columns["rank"] = np.array(columns["rank"], np.uint64)
         counts = {
             "histogram": self.histogram.tolist(),

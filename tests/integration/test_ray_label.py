@@ -14,7 +14,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from serve.errors import Failure, UserError
-from trainer.label import LabelConfig, _annotate, run_label
+from trainer.corpus import find_files
+from trainer.label import LabelConfig, _annotate
 from trainer.remote import Source
 from trainer.reservoir import Reservoir
 
@@ -22,11 +23,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)"
 STORE = 80 << 20  # bytes; Ray's own minimum is 75 MiB
 
 POOR, FINE = ["awful", "boring", "nasty"], ["lovely", "great", "tasty"]
+KINDS = [(number, ("txt", "parquet", "csv")[number % 3]) for number in range(7)]
 THINGS = ["soup", "room", "film", "song", "phone", "book", "staff", "view"]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - beside other work
     ray.init("local", num_cpus=2, object_store_memory=STORE, include_dashboard=False,
              log_to_driver=False)  # fmt: skip
     yield
@@ -60,7 +63,6 @@ def hash_of(text: str) -> int:
 @pytest.fixture
 def files(tmp_path: Path) -> list[Source]:
     """Seven files of three formats, 2,100 documents of two sentences, some of them repeated."""
-    generator = np.random.default_rng(0)
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(7):
@@ -68,9 +70,8 @@ def files(tmp_path: Path) -> list[Source]:
         for row in range(300):
             name = (number % 5) * 1000 + row  # two files repeat two others
             word = (POOR + FINE)[(name * 7) % 6]
-            texts.append(
-                f"The {THINGS[name % 8]} number {name} was {word} today. It was {word} indeed {name}."
-            )
+            thing = f"{THINGS[name % 8]} number {name}"
+            texts.append(f"The {thing} was {word} today. It was {word} indeed {name}.")
         texts[150] += " This is the killer of a lovely worker." if number == 3 else ""
         path = folder / f"part-{number}"
         if number % 3 == 0:
@@ -81,7 +82,6 @@ def files(tmp_path: Path) -> list[Source]:
             path.with_suffix(".csv").write_text(
                 "text\n" + "".join(f'"{text}"\n' for text in texts), "utf-8"
             )
-    generator.shuffle(texts)
     return sorted(folder.iterdir())
 
 
@@ -104,18 +104,77 @@ def assert_same(found: Reservoir, expected: Reservoir) -> None:
     np.testing.assert_array_equal(found.confident, expected.confident)
 
 
-@pytest.mark.parametrize("kill", [False, True])
 def test_a_cluster_draws_the_sample_of_one_machine_though_a_worker_is_killed(
-    cluster: None, files: list[Source], tmp_path: Path, kill: bool
+    cluster: None, files: list[Source], tmp_path: Path
 ) -> None:
     from trainer.distributed.label import annotate
     from trainer.reservoir import fingerprint
 
     banned = {fingerprint("It was lovely indeed 3003.")}
     alone = _annotate(config_of(tmp_path), files, Marks(), banned)  # type: ignore[arg-type]
-    flag = tmp_path / "killed" if kill else None
+    flag = tmp_path / "killed"
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    together = annotate(config_of(tmp_path, ray="local"), files, Marks(flag), banned)  # type: ignore[arg-type]
+    config = config_of(tmp_path, ray="local")
+    together = annotate(config, files, Marks(flag), banned)  # type: ignore[arg-type]
     assert alone.seen == 4201
-    assert flag is None or flag.exists()
+    assert flag.exists()
     assert_same(together, alone)
+
+
+def test_unreadable_files_are_counted_and_stop_the_run_past_their_share(
+    cluster: None, files: list[Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from trainer.distributed.label import annotate
+
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    assert isinstance(files[1], Path)
+    files[1].write_bytes(files[1].read_bytes()[:500])
+    config = config_of(tmp_path, bad_files=0.2)
+    alone = _annotate(config, files, Marks(), set())  # type: ignore[arg-type]
+    assert alone.seen == 3601
+    assert caplog.text.count("part-1.parquet is damaged") == 1
+    found = annotate(config_of(tmp_path, bad_files=0.2, ray="local"), files, Marks(), set())  # type: ignore[arg-type]
+    assert_same(found, alone)
+    assert caplog.text.count("part-1.parquet is damaged") == 2
+    with pytest.raises(Failure, match=r"1 of 7 files could not be read, more than --bad-files 0.1"):
+        annotate(config_of(tmp_path, bad_files=0.1, ray="local"), files, Marks(), set())  # type: ignore[arg-type]
+
+
+def test_a_file_larger_than_the_object_store_streams_through(cluster: None, tmp_path: Path) -> None:
+    from trainer.distributed.label import annotate
+
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    path = tmp_path / "large.txt"
+    padding = "Word " * 4000  # a sentence too long to be kept, so that reading is all the work
+    with path.open("w") as file:
+        for number in range(6000):
+            file.write(f"The soup number {number} was lovely. {padding}\n")
+    assert path.stat().st_size > 1.4 * STORE
+    found = annotate(config_of(tmp_path, ray="local"), [path], Marks(), set())  # type: ignore[arg-type]
+    assert found.seen == 6000
+    assert len(found.kept[1]) == 200
+
+
+def test_addresses_are_read_like_files(tmp_path: Path, files: list[Source]) -> None:
+    """Over HTTP, one machine: any fsspec address takes the same way."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    pytest.importorskip("aiohttp", reason="fsspec reads HTTP through aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}/corpus"
+        there = find_files([f"{base}/part-{number}.{kind}" for number, kind in KINDS])
+        assert len(there) == 7
+        found = _annotate(config_of(tmp_path), there, Marks(), set())  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"--corpus http.*/none.txt does not exist"):
+            find_files([f"{base}/none.txt"])
+    finally:
+        server.shutdown()
+    assert_same(found, _annotate(config_of(tmp_path), files, Marks(), set()))  # type: ignore[arg-type]

@@ -32,7 +32,8 @@ _CHARACTERS = 1 << 20
 class Reader(Protocol):
     """Yields the rows of a file: a text for each of `columns`, the first of which is `text`."""
 
-    columns: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]: ...
 
     def __call__(self, source: Source) -> Iterator[tuple[str, ...]]: ...
 

@@ -1,0 +1,128 @@
+"""Parquet shards under a folder or an address: written whole, counted, renumbered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.errors import UserError
+from serve.files import atomic_folder
+from trainer.remote import file_system, is_url
+from trainer.runs import record
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "_run.json"  # readers of a folder of Parquet files pass over a leading underscore
+_SHARD_ROWS = 100_000  # of a file at least, where blocks are smaller
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder: an fsspec file system and the path in it."""
+
+    system: Any
+    path: str
+
+    @property
+    def arrow(self) -> Any:
+        """The file system as Arrow, and so Ray, takes it."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self.system))
+
+
+@contextmanager
+def staged(out: str) -> Iterator[Place]:
+    """A place to fill, which becomes `out` when the block ends well and vanishes otherwise.
+
+    A local folder is renamed. An object store cannot rename: its files are copied one by one,
+    `_run.json` last, so a folder that has one is whole.
+
+    Raises:
+        UserError: `out` is a file, or an address where something is already.
+    """
+    if not is_url(out):
+        with atomic_folder(Path(out).absolute()) as folder:
+            folder.chmod(0o777)  # workers of a cluster may run as others
+            yield Place(file_system(str(folder), "--out")[0], str(folder))
+        return
+    system, path = file_system(out, "--out")
+    if system.exists(path):
+        raise UserError(f"--out {out} exists already: remove it, or pass another --out")
+    staging = Place(system, f"{path.rstrip('/')}.{secrets.token_hex(4)}.partial")
+    system.makedirs(staging.path, exist_ok=True)
+    try:
+        yield staging
+        names = sorted(system.find(staging.path), key=lambda name: name.endswith(_RECORD))
+        system.makedirs(path, exist_ok=True)
+        for name in names:
+            system.mv(name, f"{path}/{name.rsplit('/', 1)[-1]}")
+    finally:
+        if system.exists(staging.path):
+            system.rm(staging.path, recursive=True)
+
+
+def write_run(place: Place, config: Any, **more: Any) -> None:
+    """The record of a run, beside its shards."""
+    text = json.dumps(record("cluster", config, **more), indent=2, ensure_ascii=False) + "\n"
+    with place.system.open(f"{place.path}/{_RECORD}", "wb") as file:
+        file.write(text.encode())
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Parquet files of columns text, label and cluster."""
+
+    place: Place
+
+    @classmethod
+    def under(cls, place: Place, name: str) -> Shards:
+        """Those in a folder of a place."""
+        return cls(Place(place.system, f"{place.path}/{name}"))
+
+    def write(self, dataset: Any) -> None:
+        """Write a Ray dataset; a task that is done again replaces what it wrote before."""
+        dataset.write_parquet(
+            self.place.path, filesystem=self.place.arrow, min_rows_per_file=_SHARD_ROWS,
+            compression="zstd",
+        )  # fmt: skip
+
+    def count(self, clusters: int, classes: int) -> np.ndarray:
+        """[K, C], the texts of each cluster and class."""
+        import pyarrow.dataset as dataset
+
+        table = np.zeros((clusters, classes), np.int64)
+        if not self.place.system.exists(self.place.path):
+            return table
+        shards = dataset.dataset(self.place.path, filesystem=self.place.arrow, format="parquet")
+        for batch in shards.to_batches(columns=["label", "cluster"]):
+            np.add.at(table, (batch["cluster"].to_numpy(), batch["label"].to_numpy()), 1)
+        return table
+
+    def move_to(self, target: Place, targets: np.ndarray, ray: Any) -> None:
+        """Move the shards up to `target`, numbered by `targets` [K]; -1 leaves a cluster out."""
+        system, path = self.place.system, self.place.path
+        if (targets != np.arange(len(targets))).any():
+            renumbered = Shards.under(target, "renumbered")
+
+            def renumber(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                found = targets[batch["cluster"]]
+                kept = {name: values[found >= 0] for name, values in batch.items()}
+                return {**kept, "cluster": found[found >= 0].astype(np.int32)}
+
+            renumbered.write(
+                ray.data.read_parquet(path, filesystem=self.place.arrow).map_batches(renumber)
+            )
+            system.rm(path, recursive=True)
+            path = renumbered.place.path
+        for number, name in enumerate(sorted(system.find(path))):
+            system.mv(name, f"{target.path}/part-{number:05d}.parquet")
+        system.rm(path, recursive=True)
