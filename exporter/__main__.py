@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from dataclasses import dataclass
 
@@ -87,6 +88,38 @@ class ListConfig:
     examples = ["bundle"]
 
 
+@dataclass
+class TritonConfig:
+    """Write a bundle as a model repository of Triton: ONNX graph, tokenizer, labels. No torch."""
+
+    bundle: str = option(help="the bundle's folder", positional=True)
+    out: str = option(help="the repository's folder", positional=True)
+    name: str = option("metapt", help="of the ensemble; the other models' names start with it")
+    precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
+    device: str = option("cpu", help="where the graph runs", choices=("cpu", "gpu"))
+    instances: int = option(1, help="batches at the same time, for each GPU if there are several",
+                            minimum=1)  # fmt: skip
+    threads: int | None = option(
+        None, help="threads of an instance on a CPU; default: this machine's cores", minimum=1
+    )
+    max_batch: int = option(32, help="texts of a batch", minimum=1)
+    max_delay: float = option(
+        2.0, help="milliseconds a request may wait for others to share its batch", minimum=0
+    )
+    max_queue: int = option(1024, help="requests that may wait; more are refused", minimum=1)
+    deadline: float = option(10.0, help="seconds that a request may wait", minimum=0.001)
+    pad_to: int = option(
+        16, help="lengths are padded to multiples of it, as Triton batches one length only",
+        minimum=1,
+    )  # fmt: skip
+    ids_only: bool = option(False, help="only the graph: clients send token ids, and get logits")
+
+    examples = [
+        "bundle models",
+        "bundle models --precision fp16 --device gpu --instances 2 --max-batch 128",
+    ]
+
+
 def run_bundle(config: BundleConfig) -> None:
     """`bundle`: torch is imported here and nowhere else."""
     if (config.out is None) == (config.single_file is None):
@@ -145,11 +178,23 @@ def run_list(config: ListConfig) -> None:
     sys.stdout.write(edit.describe(config.bundle) + "\n")
 
 
+def run_triton(config: TritonConfig) -> None:
+    """`triton`."""
+    from exporter.triton import Settings, export_triton
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", config.name):
+        raise UserError(f"--name '{config.name}' cannot be a folder's name: use letters and digits")
+    values = {key: value for key, value in vars(config).items() if key not in ("bundle", "out")}
+    names = export_triton(config.bundle, config.out, Settings(**values))
+    log.info("%s: models %s", config.out, ", ".join(names))
+
+
 COMMANDS = {
     "bundle": Command(BundleConfig, run_bundle),
     "add": Command(AddConfig, run_add),
     "remove": Command(RemoveConfig, run_remove),
     "list": Command(ListConfig, run_list),
+    "triton": Command(TritonConfig, run_triton),
 }
 
 if __name__ == "__main__":
