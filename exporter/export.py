@@ -248,6 +248,7 @@ def _header(
         },
         "prompt_tokens": job.tokens,
         "max_tokens": max_tokens,
+        "grouped": True,  # task_id may name groups of rows, see serve.plan.in_groups
         "precisions": precisions,
         "prefix_graph": "prefix.onnx" if job.mode == "prefix" else None,
     }

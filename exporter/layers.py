@@ -91,8 +91,8 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def join(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Residual [B, S, D] plus the heads' contexts [B, H, S, K]."""
-        joined = context.transpose(1, 2).flatten(2)
+        """Residual [B, S, D] plus the heads' contexts [B, H, S, K], or [G, H, RS, K]."""
+        joined = context.transpose(1, 2).reshape(*hidden.shape[:2], self.heads * self.head_width)
         return hidden + joined @ self.w_out
 
 

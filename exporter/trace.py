@@ -26,11 +26,11 @@ ALIGNMENT = 4096  # of a tensor in the weights file, so that it can be mapped pa
 log = logging.getLogger(__name__)
 
 
-def example(graph: ServedGraph, slots: int = 2) -> dict[str, Tensor]:
+def example(graph: ServedGraph, slots: int = 4) -> dict[str, Tensor]:
     """Inputs to trace `graph` with. Every dynamic size is 2 or more and no two are equal, since
     the tracer takes a size of 1 for a constant (pytorch#151582).
     """
-    rows, length, classes, prompt = 3, 7, 5, graph.prompt_tokens
+    groups, rows, length, classes, prompt = 2, 6, 7, 5, graph.prompt_tokens
     encoder, width = graph.encoder, graph.shared.shape[1]
     kv = (slots, encoder.layers, 2, encoder.heads, prompt, encoder.head_width)
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def example(graph: ServedGraph, slots: int = 2) -> dict[str, Tensor]:
     values = {
         "input_ids": torch.arange(rows * length).view(rows, length),
         "attention_mask": mask,
-        "task_id": torch.arange(rows) % slots,
+        "task_id": torch.arange(groups) % slots,
         **banks,
         "bank_length": torch.full((slots,), prompt),
         "label_ids": torch.arange(slots * classes).view(slots, classes),
@@ -54,11 +54,11 @@ def example(graph: ServedGraph, slots: int = 2) -> dict[str, Tensor]:
 
 def dynamic_axes(names: Sequence[str]) -> dict[str, dict[int, Any]]:
     """The axes of each input that vary, by name."""
-    rows, length, slots, classes = (torch.export.Dim(name) for name in ("B", "S", "N", "C"))
+    rows, groups, length, slots, classes = (torch.export.Dim(name) for name in "BGSNC")
     known: dict[str, dict[int, Any]] = {
         "input_ids": {0: rows, 1: length},
         "attention_mask": {0: rows, 1: length},
-        "task_id": {0: rows},
+        "task_id": {0: groups},
         "label_ids": {0: slots, 1: classes},
     }
     return {name: known.get(name, {0: slots}) for name in names}

@@ -29,7 +29,7 @@ from trainer.backbone import Backbone, load_backbone
 
 FOLDER = Path(__file__).with_name("graphs")
 MODEL, PREFIX, GEOMETRY = "model.onnx", "prefix.onnx", "graph.json"
-_SOURCES = ("graph.py", "layers.py", "trace.py")
+_SOURCES = ("graph.py", "decoder.py", "layers.py", "trace.py")
 _CONFIG = (
     "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "vocab_size",
     "dense_act_fn", "is_gated_act", "layer_norm_epsilon", "relative_attention_num_buckets",

@@ -17,6 +17,7 @@ import torch
 
 from exporter.record import Arrays
 from serve.errors import Failure
+from serve.plan import in_groups
 from trainer.backbone import Backbone
 from trainer.modes import Params
 from trainer.readout import Batch, class_scores
@@ -93,35 +94,39 @@ def bank(
 def batches(
     slots: Sequence[Slot], vocabulary: int, longest: int
 ) -> list[list[tuple[int, list[int]]]]:
-    """Batches to compare on: (slot, ids) rows of mixed lengths and tasks, batch 1, one length."""
+    """Batches to compare on: (slot, ids) rows of mixed lengths and tasks, of one task, as many of
+    each of two tasks, batch 1, one length."""
     random = np.random.default_rng(0)
 
     def row(slot: int, length: int) -> tuple[int, list[int]]:
         task = slots[slot]
         text = random.integers(3, vocabulary, size=length).tolist()
-        return slot, [*task.prefix, *text, *task.suffix]
+        return slot, [*task.prefix, *text, *task.suffix][:whole]
 
-    count = len(slots)
+    count, whole = len(slots), longest
     longest = max(2, longest - max(len(slot.prefix) + len(slot.suffix) for slot in slots))
-    mixed = [row(index % count, length) for index, length in enumerate((3, 17, 1, 40, 0, 24))]
     return [
-        [(slot, ids[:longest]) for slot, ids in mixed],
+        [row(index % count, length) for index, length in enumerate((3, 17, 1, 40, 0, 24))],
+        [row(0, length) for length in (5, 30, 1, 12)],
+        [row(index // 2 % count, length) for index, length in enumerate((4, 9, 21, 2))],
         [row(index % count, min(2, longest)) for index in range(3)],
         *([row(index, min(11, longest))] for index in range(min(count, 3))),
         [row(0, min(150, longest)), row(count - 1, min(129, longest))],
     ]
 
 
-def feed(rows: Sequence[tuple[int, list[int]]]) -> Arrays:
-    """The graph's text inputs of one batch."""
+def feed(rows: Sequence[tuple[int, list[int]]]) -> tuple[Arrays, list[int]]:
+    """The graph's text inputs of one batch, and the order in which it takes the rows."""
     longest = max(len(ids) for _, ids in rows)
     input_ids = np.zeros((len(rows), longest), np.int64)
     mask = np.zeros_like(input_ids)
-    for index, (_, ids) in enumerate(rows):
+    order, groups = in_groups([slot for slot, _ in rows])
+    for index, place in enumerate(order):
+        ids = rows[place][1]
         input_ids[index, : len(ids)] = ids
         mask[index, : len(ids)] = 1
-    task_id = np.array([slot for slot, _ in rows], np.int64)
-    return {"input_ids": input_ids, "attention_mask": mask, "task_id": task_id}
+    task_id = np.array(groups, np.int64)
+    return {"input_ids": input_ids, "attention_mask": mask, "task_id": task_id}, order
 
 
 def run(graph: ort.InferenceSession, values: Arrays) -> np.ndarray:
@@ -154,14 +159,16 @@ def difference(
     """The largest difference of a logit between an exported graph and the trainer.
 
     Args:
-        logits: the graph, from `input_ids`, `attention_mask` and `task_id` to [B, C or more].
+        logits: the graph, from the inputs of `feed` to [B, C or more].
 
     Raises:
         Failure: a logit is not finite, or a padded class is not out of reach.
     """
     worst = 0.0
     for rows in batches(slots, backbone.t5.vocabulary, longest):
-        for (slot, ids), got in zip(rows, logits(feed(rows)), strict=True):
+        batch, order = feed(rows)
+        for place, got in zip(order, logits(batch), strict=True):
+            slot, ids = rows[place]
             count = len(slots[slot].words)
             if not np.isfinite(got).all():
                 raise Failure("the exported graph gives logits that are not finite")

@@ -23,7 +23,7 @@ from serve import bundle as bundles
 from serve.bank import Bank, key_of
 from serve.engine import Engine, choose_providers, on_device, physical_cores
 from serve.errors import Failure, UserError
-from serve.plan import plan
+from serve.plan import in_groups, plan
 from serve.task import Task, make_task
 from serve.tokenize import Encoded, Encoder
 
@@ -106,6 +106,7 @@ class Classifier:
         self._threads = threads or physical_cores()
         self._providers = choose_providers(providers)
         graph = self.bundle.graph(precision)
+        self._grouped = bool(header.get("grouped"))  # bundles of before have a slot for each row
         self._engine = Engine(graph, threads=self._threads, providers=self._providers, spin=spin)
         log.info(
             "%s: %s on %s, %d threads, %d tasks", self.bundle.folder, precision,
@@ -282,23 +283,25 @@ class Classifier:
     def logits(self, batch: Sequence[Encoded]) -> np.ndarray:
         """The graph's answer for one batch: [B, C] float32, padded classes hugely negative."""
         longest = max(len(row.ids) for row in batch)
-        input_ids = np.zeros((len(batch), longest), np.int64)
-        mask = np.zeros((len(batch), longest), np.int64)
-        for row, item in enumerate(batch):
-            input_ids[row, : len(item.ids)] = item.ids
-            mask[row, : len(item.ids)] = 1
-        order: dict[int, int] = {}  # id of the task object -> its place among the tasks
-        tasks: list[Task] = []
-        for item in batch:
-            if id(item.task) not in order:
-                order[id(item.task)] = len(tasks)
-                tasks.append(item.task)
-        with self.bank.lend(tasks) as view:
-            task_id = np.array([view.slots[order[id(item.task)]] for item in batch], np.int64)
+        found: dict[int, Task] = {id(item.task): item.task for item in batch}
+        with self.bank.lend(list(found.values())) as view:
+            slot_of = dict(zip(found, view.slots, strict=True))
+            slots = [slot_of[id(item.task)] for item in batch]
+            order, groups = in_groups(slots) if self._grouped else (range(len(batch)), slots)
+            input_ids = np.zeros((len(batch), longest), np.int64)
+            mask = np.zeros((len(batch), longest), np.int64)
+            for row, place in enumerate(order):
+                ids = batch[place].ids
+                input_ids[row, : len(ids)] = ids
+                mask[row, : len(ids)] = 1
             feed = dict(view.inputs)
-            for name, value in zip(_TEXT_INPUTS, (input_ids, mask, task_id), strict=True):
+            values = (input_ids, mask, np.array(groups, np.int64))
+            for name, value in zip(_TEXT_INPUTS, values, strict=True):
                 feed[name] = on_device(value, self._engine.device)
-            return self._engine.run(feed)[0].astype(np.float32)
+            logits = self._engine.run(feed)[0].astype(np.float32)
+        result = np.empty_like(logits)
+        result[list(order)] = logits
+        return result
 
     @staticmethod
     def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:

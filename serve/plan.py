@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from serve.tokenize import Encoded
@@ -41,3 +42,21 @@ def plan(
             longest, tasks = len(item.ids), set()
         tasks.add(id(item.task))
     return batches
+
+
+def in_groups(slots: Sequence[int]) -> tuple[list[int], list[int]]:
+    """How a batch's rows are given to a graph that reads what a task's rows share only once: the
+    rows of a task together, as many of each task. A batch that is not of that form is given row
+    by row.
+
+    Args:
+        slots: of each row, its task's slot in the bank.
+
+    Returns:
+        the order of the rows (positions in `slots`), and the slot of each group [G]; G divides the
+        number of rows.
+    """
+    counts = Counter(slots)
+    if len(set(counts.values())) > 1:
+        return list(range(len(slots))), list(slots)
+    return sorted(range(len(slots)), key=slots.__getitem__), sorted(counts)

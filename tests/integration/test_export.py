@@ -146,11 +146,8 @@ def test_a_precision_that_loses_too_much_is_refused(
 ) -> None:
     """With the graphs of the bundle at hand, so that nothing is traced again."""
     source = prefix.folder
-    model = onnx.load(source / "model.onnx")
-    monkeypatch.setattr(export_module, "served_onnx", lambda graph: model)
-    monkeypatch.setattr(
-        export_module, "prefix_onnx", lambda graph, width: onnx.load(source / "prefix.onnx")
-    )
+    graphs = onnx.load(source / "model.onnx"), onnx.load(source / "prefix.onnx")
+    monkeypatch.setattr(export_module, "served_graphs", lambda served, backbone: graphs)
     wrong = lambda plain, other, texts: {  # noqa: E731
         "accuracy_change": -0.02, "max_logit_difference": 1.0, "texts": 2, "task": "film"
     }  # fmt: skip
@@ -173,10 +170,8 @@ def test_a_graph_that_differs_from_torch_is_not_written(
         if tensor.name == "encoder.final.weight":
             values = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    monkeypatch.setattr(export_module, "served_onnx", lambda graph: model)
-    monkeypatch.setattr(
-        export_module, "prefix_onnx", lambda graph, width: onnx.load(prefix.folder / "prefix.onnx")
-    )
+    graphs = model, onnx.load(prefix.folder / "prefix.onnx")
+    monkeypatch.setattr(export_module, "served_graphs", lambda served, backbone: graphs)
     (tmp_path / "bundle").mkdir()
     with pytest.raises(Failure, match=r"differs from torch by .* nothing was written"):
         export_bundle(list(prefix.prompts.values()), prefix.backbone, tmp_path / "bundle")

@@ -88,6 +88,19 @@ def test_mixed_tasks_give_what_the_trainer_computes(exported: Exported) -> None:
         assert result.label == TASKS[name][0][int(np.argmax(wanted))]
 
 
+@pytest.mark.parametrize("names", ["film", "film food", "food film film food", "film food film"])
+def test_a_batch_of_any_mix_is_answered_in_its_order(exported: Exported, names: str) -> None:
+    """One task, a group of rows each, and tasks of which some have more rows than others."""
+    classifier = Classifier(exported.folder, threads=1)
+    texts = TEXTS[:4]
+    tasks = (names.split() * 4)[:4]
+    encoded = classifier.encoder.encode(texts, [classifier.tasks[name] for name in tasks])
+    results = classifier.run(encoded)
+    for text, name, result in zip(texts, tasks, results, strict=True):
+        wanted = oracle(exported.backbone, exported.prompts[name], text)
+        assert list(result.probabilities.values()) == pytest.approx(wanted, abs=2e-5)
+
+
 def test_a_task_added_without_torch_serves_at_once(exported: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported.folder, tmp_path / "b"))
     prompt = exported.prompts["room"]

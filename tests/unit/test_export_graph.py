@@ -103,6 +103,21 @@ def test_a_mixed_batch_equals_the_read_out_of_each_row(backbone: Backbone, mode:
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["full", "prefix", "deep"])
+@pytest.mark.parametrize("groups", [[2], [2, 0]])
+def test_rows_given_in_groups_of_a_task_equal_rows_given_one_by_one(
+    backbone: Backbone, mode: str, groups: list[int]
+) -> None:
+    served = ServedGraph(backbone.t5, backbone.decoder_ids, mode, TOKENS).eval()
+    tensors = bank(served, prompts(backbone, mode), mode)
+    ids, mask = (values[:4] for values in padded())
+    each = torch.tensor(groups).repeat_interleave(4 // len(groups))
+    want = served(ids, mask, each, *tensors)
+    got = served(ids, mask, torch.tensor(groups), *tensors)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["full", "prefix", "deep"])
 def test_the_single_file_graph_equals_the_read_out(backbone: Backbone, mode: str) -> None:
     served = ServedGraph(backbone.t5, backbone.decoder_ids, mode, TOKENS).eval()
     params = prompts(backbone, mode)[1]
