@@ -20,7 +20,7 @@ from serve import bundle as bundles
 
 
 def profile(
-    bundle: bundles.Bundle, precision: str, rows: int, length: int, runs: int
+    bundle: bundles.Bundle, precision: str, rows: int, length: int, tasks: int, runs: int
 ) -> dict[str, tuple[int, float]]:
     """Per operator, the number of its nodes and their milliseconds."""
     options = ort.SessionOptions()
@@ -32,7 +32,7 @@ def profile(
         session = ort.InferenceSession(
             str(bundle.graph(precision)), options, providers=["CPUExecutionProvider"]
         )
-        feed = inputs(session, rows, length)
+        feed = inputs(session, rows, length, tasks)
         for _ in range(runs):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -48,18 +48,20 @@ def profile(
     return {name: (count[name], value) for name, value in time.most_common()}
 
 
-def inputs(session: ort.InferenceSession, rows: int, length: int) -> dict[str, np.ndarray]:
-    """Random ids, and a bank with a slot for each row."""
+def inputs(
+    session: ort.InferenceSession, rows: int, length: int, tasks: int
+) -> dict[str, np.ndarray]:
+    """Random ids, and a bank with a slot for each task, which is that of rows / tasks rows."""
     random = np.random.default_rng(0)
     feed: dict[str, np.ndarray] = {}
     for item in session.get_inputs():
-        sizes = {"B": rows, "S": length, "N": rows, "C": 2}
+        sizes = {"B": rows, "S": length, "N": tasks, "G": tasks, "C": 2}
         shape = [sizes.get(size, size) for size in item.shape]
         feed[item.name] = random.standard_normal(shape).astype(np.float32)
         if item.type == "tensor(int64)":
             feed[item.name] = np.ones(shape, np.int64)
     feed["input_ids"] = random.integers(3, 1000, (rows, length))
-    feed["task_id"] = np.arange(rows)
+    feed["task_id"] = np.arange(tasks)
     prompt = next(value.shape[1] for name, value in feed.items() if name == "bank_states")
     feed["bank_length"][:] = prompt
     return feed
@@ -72,13 +74,20 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=24)
+    parser.add_argument("--tasks", type=int, default=1, help="in the batch; divides --rows")
     parser.add_argument("--runs", type=int, default=10)
     given = parser.parse_args()
+    if given.rows % given.tasks:
+        parser.error("--tasks must divide --rows")
     table = profile(
-        bundles.load(given.bundle), given.precision, given.rows, given.length, given.runs
-    )
+        bundles.load(given.bundle), given.precision, given.rows, given.length, given.tasks,
+        given.runs,
+    )  # fmt: skip
     total = sum(time for _, time in table.values())
-    print(f"{given.precision}, {given.rows} x {given.length}: {total:.1f} ms on one thread\n")
+    print(
+        f"{given.precision}, {given.rows} x {given.length}, {given.tasks} task(s): "
+        f"{total:.1f} ms on one thread\n"
+    )
     print("| operator | nodes | ms | share |\n|---|---|---|---|")
     for name, (count, time) in table.items():
         if time > total / 200:
