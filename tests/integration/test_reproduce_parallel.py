@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 from reproduce_toy import write_source, write_task
 
+from serve.errors import Failure
 from trainer.reproduce.command import run_reproduce
 from trainer.reproduce.config import ReproduceConfig
 
@@ -24,11 +26,28 @@ def test_jobs_do_not_change_the_table(tmp_path: Path, tiny_t5: Path) -> None:
         run_reproduce(
             ReproduceConfig(
                 what="table1", backbone=str(tiny_t5), tasks=["sst2"], seeds=[1, 2],
-                methods=["pt", "metapt"], data_dir=str(tmp_path / "data"), source=str(source),
-                out=str(tmp_path / f"jobs{jobs}"), train=20, validation=20, prompt_tokens=4,
+                methods=["pt", "metapt", "metapt-ppt"], data_dir=str(tmp_path / "data"),
+                source=str(source), out=str(tmp_path / f"jobs{jobs}"), train=20, validation=20,
+                prompt_tokens=4,
                 meta_steps=4, meta_evaluate_every=2, epochs=4, rate=0.05, modes=["prefix"],
                 device="cpu", jobs=jobs, threads=1,
             )
         )  # fmt: skip
     one, two = (accuracies(tmp_path / f"jobs{jobs}/table1.csv") for jobs in (1, 2))
-    assert len(one) == 4 and one == two
+    assert len(one) == 6 and one == two
+
+
+def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path) -> None:
+    """PPT's start is refused; MetaPT's start would go on from it, and the cell from MetaPT's."""
+    (tmp_path / "data").mkdir()
+    write_task(tmp_path / "data")
+    with pytest.raises(Failure, match=r"3 of 4 runs failed.*--rate 1e-09"):
+        run_reproduce(
+            ReproduceConfig(
+                what="table1", backbone=str(tiny_t5), tasks=["sst2"], seeds=[1],
+                methods=["words", "metapt-ppt"], data_dir=str(tmp_path / "data"),
+                source=str(write_source(tmp_path / "source.csv")), out=str(tmp_path / "out"),
+                train=20, validation=20, prompt_tokens=4, meta_steps=4, modes=["prefix"],
+                ppt_rate=1e-9, device="cpu", jobs=2, threads=1,
+            )
+        )  # fmt: skip

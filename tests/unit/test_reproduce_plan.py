@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from serve.errors import Failure, UserError
+from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import Facts, make_plan
 from trainer.reproduce.sources import balanced_rows
@@ -87,6 +88,25 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
 def test_the_template_alone_runs_once_for_all_seeds() -> None:
     plan = make_plan(ReproduceConfig(what="table1", methods=["words"], tasks=["sst2"]), FACTS)
     assert len(plan) == 5 and len({settings_hash(run.settings) for run in plan}) == 1
+
+
+def test_metapt_may_go_on_from_ppts_prompt(tmp_path: Path) -> None:
+    config = ReproduceConfig(what="table1", methods=["metapt-ppt", "ppt"], tasks=["sst2"])
+    plan, store = make_plan(config, FACTS), Store(tmp_path)
+    first = next(run.start for run in plan if run.row == "PPT")
+    second = plan[0].start
+    assert first is not None and second is not None
+    assert second["method"] == "metapt" and second["init"] == first
+    jobs = missing_jobs(plan, store)
+    names = [settings_hash(job.settings) for job in jobs]
+    assert names[:2] == [settings_hash(first), settings_hash(second)] and len(names) == 12
+    assert [job.after for job in jobs[:3]] == [None, names[0], names[1]]
+    # PPT's prompt is there: the second start alone is left, and waits for nothing.
+    done = store.start_path(first)
+    done.mkdir(parents=True)
+    (done / "task.json").write_text("{}")
+    left = [job for job in missing_jobs(plan, store) if job.settings["kind"] == "start"]
+    assert [job.settings for job in left] == [second]
 
 
 def test_hash_is_the_sha256_of_sorted_json() -> None:

@@ -98,16 +98,20 @@ def missing_jobs(plan: list[Run], store: Store) -> list[Job]:
     """What is left of a plan, each run once, starts first."""
     starts: dict[str, Job] = {}
     cells: dict[str, Job] = {}
+
+    def need(start: Settings) -> str:
+        name, first = settings_hash(start), start["init"]
+        if not store.has_start(start):
+            starts.setdefault(name, Job(start, need(first) if isinstance(first, dict) else None))
+        return name
+
     for run in plan:
-        if store.load(run.settings) is not None:
-            continue
-        after = None
-        if run.start is not None:
-            after = settings_hash(run.start)
-            if not store.has_start(run.start):
-                starts.setdefault(after, Job(run.start))
-        cells.setdefault(settings_hash(run.settings), Job(run.settings, after))
-    return [*starts.values(), *cells.values()]
+        if store.load(run.settings) is None:
+            after = None if run.start is None else need(run.start)
+            cells.setdefault(settings_hash(run.settings), Job(run.settings, after))
+    # A start is entered before the one that it goes on from; that one must be run before it.
+    ordered = sorted(starts.values(), key=lambda job: job.after is not None)
+    return [*ordered, *cells.values()]
 
 
 def _show(plan: list[Run], store: Store) -> None:

@@ -8,7 +8,8 @@ from serve.cli import option
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
-EXTRA_METHODS = ("words",)  # on request: the template alone, without a prompt or a sample
+# On request: the template alone, without prompt or sample; MetaPT that goes on from PPT's prompt.
+EXTRA_METHODS = ("words", "metapt-ppt")
 CLUSTERINGS = ("kmeans", "lda", "random", "label")
 
 
@@ -26,7 +27,9 @@ class ReproduceConfig:
     backbone: str = option("mini", help="any T5: a Hugging Face id, a folder, or mini")
     tasks: list[str] = option([], help="any subset (default: the paper's for this table)")
     methods: list[str] = option(
-        [], help="rows (default: the paper's, and SetFit); words is the template alone"
+        [],
+        help="rows (default: the paper's, and SetFit); words is the template alone, metapt-ppt "
+        "is MetaPT from PPT's prompt",
     )
     seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)")
     modes: list[str] = option(["full"], help="attention modes; full is the paper's")

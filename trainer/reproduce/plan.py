@@ -20,7 +20,7 @@ from trainer.tasks import PAPER_TASKS, get_task
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
     "metapt-y": "MetaPT(Y)", "setfit": "SetFit (all-MiniLM-L6-v2)",
-    "words": "template alone",
+    "words": "template alone", "metapt-ppt": "MetaPT from PPT's prompt",
 }  # fmt: skip
 CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label": "label"}
 
@@ -137,8 +137,12 @@ def _start(
     # What the paper does not have is named only where it is used.
     names = ("learn_rates", "first_order_steps", "each_step", "held_clusters")
     more = {name: getattr(config, name) for name in names if getattr(config, name)}
+    if method == "metapt-ppt":
+        # Where a start goes on from another start, that one's settings stand in place of a name.
+        common["init"] = _start(config, facts, "ppt", mode, source)
     return {
-        **common, "source": source, "steps": config.meta_steps, "rate": config.outer_rate,
+        **common, "method": "metapt", "source": source, "steps": config.meta_steps,
+        "rate": config.outer_rate,
         "inner_rate": config.inner_rate, "inner_steps": config.inner_steps,
         "samples": config.samples, "balanced": config.balanced, "more": more,
     }  # fmt: skip
@@ -179,7 +183,7 @@ def _variants(
             (
                 ROW_NAMES[method], method, x,
                 _source(config, facts, yelp.get(method, "text"))
-                if method in ("ppt", "metapt", "metapt-y") else None,
+                if method in ("ppt", "metapt", "metapt-y", "metapt-ppt") else None,
             )
             for method in methods for x in sizes
         ]  # fmt: skip
@@ -227,7 +231,7 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
             if method == "pt":
                 start = {"method": "random"}
             elif source is not None:
-                kind = "ppt" if method == "ppt" else "metapt"
+                kind = "metapt" if method == "metapt-y" else method
                 start = _start(config, facts, kind, mode, source)
             way = method if method in _NO_PROMPT else "tune"
             runs += [

@@ -112,13 +112,15 @@ def _dispatch(
     while running:
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
-            job, message = running.pop(future), future.result()
-            done(job.settings, message)
-            name = settings_hash(job.settings)
-            ready = [other for other in waiting if other.after == name]
-            waiting = [other for other in waiting if other.after != name]
-            for other in ready:
-                if message:
-                    done(other.settings, message)
-                else:
-                    running[executor.submit(_work, other.settings)] = other
+            ended = [(running.pop(future), future.result())]
+            while ended:  # what waits for something that failed fails with it, and so on
+                job, message = ended.pop()
+                done(job.settings, message)
+                name = settings_hash(job.settings)
+                ready = [other for other in waiting if other.after == name]
+                waiting = [other for other in waiting if other.after != name]
+                for other in ready:
+                    if message:
+                        ended.append((other, message))
+                    else:
+                        running[executor.submit(_work, other.settings)] = other

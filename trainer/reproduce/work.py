@@ -94,6 +94,8 @@ def run_start(settings: Settings, where: Surroundings) -> None:
             "rate",
         )
     }  # fmt: skip
+    if isinstance(chosen["init"], dict):  # goes on from another start
+        chosen["init"] = str(Store(where.out).start_path(chosen["init"]))
     meta = settings["method"] == "metapt"
     config: MetaConfig | PretrainConfig
     if meta:
