@@ -1,0 +1,134 @@
+"""What `--ray` refuses before any work, and where its output appears."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from serve.errors import Failure, UserError
+from trainer.cluster import ClusterConfig, fit_sample, nearest, run_cluster
+from trainer.distributed import engine
+from trainer.distributed.shards import Shards, staged
+from trainer.label import LabelConfig, run_label
+from trainer.reservoir import rank
+from trainer.tables import iterate_rows
+
+
+def test_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'pip install "metapt\[ray\]"'), engine.session("local"):
+        pass
+
+
+@pytest.fixture
+def ports() -> Iterator[tuple[int, int]]:
+    """A port where nobody listens, and one where a web server does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take it
+        server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield free.getsockname()[1], server.server_port
+        server.shutdown()
+
+
+def test_an_address_without_a_cluster_fails_in_time(
+    ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("grpc", reason="gRPC is not installed (the extra `ray`)")
+    monkeypatch.setattr(engine, "_SECONDS", 1.0)
+    for port in ports:
+        for form in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(Failure, match="no Ray cluster answered within 1 s") as error:
+                engine.check_reachable(form)
+            assert form in str(error.value)
+    for form in ("here", "host:", ":6379", "http://host:6379/x"):
+        with pytest.raises(UserError, match="pass local, auto, HOST:PORT"):
+            engine.check_reachable(form)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "lda"}, "--method lda runs on one machine"),
+        ({"limit": 5}, "--limit is for one machine"),
+        ({"out": "x.parquet"}, "--ray writes a folder of shards"),
+    ],
+)
+def test_what_a_cluster_does_not_do_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_cluster(ClusterConfig(**{"data": "d.csv", "out": "o", "ray": "local", **change}))
+
+
+def test_a_limit_needs_the_order_of_one_machine() -> None:
+    with pytest.raises(UserError, match="--limit reads from the start"):
+        run_label(LabelConfig(corpus=["c.txt"], out="o.parquet", ray="local", limit=3))
+
+
+@pytest.mark.parametrize("address", ["memory://bucket/out", None])
+def test_shards_appear_whole_or_not_at_all(tmp_path: Path, address: str | None) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    out = address or str(tmp_path / "out")
+    system = fsspec.core.url_to_fs(out)[0]
+    table = arrow.table({"text": ["a", "b", "c"], "label": [0, 1, 1], "cluster": [0, 2, 2]})
+
+    def fill(place: object) -> Shards:
+        shards = Shards.under(place, "raw")  # type: ignore[arg-type]
+        shards.place.system.makedirs(shards.place.path)
+        with shards.place.system.open(f"{shards.place.path}/x.parquet", "wb") as file:
+            parquet.write_table(table, file)
+        return shards
+
+    with pytest.raises(KeyboardInterrupt), staged(out) as place:
+        fill(place)
+        raise KeyboardInterrupt
+    assert not system.exists(out)
+    with staged(out) as place:
+        shards = fill(place)
+        assert shards.count(3, 2).tolist() == [[1, 0], [0, 0], [0, 2]]
+        shards.move_to(place, np.arange(3), None)
+    assert [name.rsplit("/", 1)[-1] for name in system.find(out)] == ["part-00000.parquet"]
+    if address:
+        with pytest.raises(UserError, match="exists already"), staged(out):
+            pass
+        system.rm("/bucket", recursive=True)
+
+
+def test_a_folder_of_shards_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        parquet.write_table(arrow.table({"text": [name, name * 2]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "_run.json").write_text("{}")
+    found = [(place, row["text"]) for place, row in iterate_rows(tmp_path, ["text"])]
+    assert found[1:3] == [("a.parquet, row 2", "aa"), ("b.parquet, row 1", "b")]
+
+
+def test_the_sample_that_centres_are_found_on_depends_on_the_texts_alone() -> None:
+    texts = [f"text {i}" for i in range(500)]
+    chosen = {texts[i] for i in fit_sample(texts, 60, 7)}
+    assert len(chosen) == 60
+    assert {texts[::-1][i] for i in fit_sample(texts[::-1], 60, 7)} == chosen
+    assert {texts[i] for i in fit_sample(texts, 60, 8)} != chosen
+    assert fit_sample(texts, 500, 7).tolist() == list(range(500))
+
+
+def test_ranks_are_one_to_one_and_follow_the_seed() -> None:
+    ranks = [rank(mark, 1) for mark in range(2000)]
+    assert len(set(ranks)) == 2000
+    assert abs(np.mean(ranks) / 2**64 - 0.5) < 0.03
+    assert ranks != [rank(mark, 2) for mark in range(2000)]
+
+
+def test_the_nearest_centre_is_that_of_the_least_distance() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(50, 4)).astype(np.float32)
+    centres = generator.normal(size=(6, 4))
+    distances = ((vectors[:, None] - centres[None]) ** 2).sum(-1)
+    np.testing.assert_array_equal(nearest(vectors, centres), distances.argmin(1))
