@@ -6,8 +6,11 @@ The bundle's tasks should be called `film` and `food`, for the requests name the
 
 Requests come from the strategies of the tests (`tests/serve_requests.py`): random bytes, JSON of
 any shape, texts of every Unicode plane, empty and huge, odd paths, methods and headers. Every
-tenth is not even HTTP: random bytes on a bare connection. The server's memory is its own figure in
-`/metrics`, after the first tenth (allocators and caches have settled) and at the end.
+tenth is not even HTTP: random bytes on a bare connection.
+
+The server's memory is its own figure in `/metrics`, read after every tenth. The largest batches
+that it can run come first, so that what onnxruntime takes at most is taken; from then on memory may
+not grow by more than `--growth` MiB.
 """
 
 from __future__ import annotations
@@ -80,6 +83,14 @@ class Attack:
         self.sent += 1
 
 
+def fill(client: httpx.Client, tasks: list[str]) -> None:
+    """Batches of every length up to the longest, as large as the queue takes."""
+    for words in (4, 16, 60, 250, 1000):
+        for rows in (30, 8, 3, 1):
+            body = {"texts": ["good food " * (words // 2)] * rows, "task": tasks[0]}
+            client.post("/classify", json=body).raise_for_status()
+
+
 def resident(client: httpx.Client) -> float:
     """The server's memory in MiB."""
     found = re.search(r"^process_resident_memory_bytes (\S+)", client.get("/metrics").text, re.M)
@@ -117,10 +128,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle")
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--growth", type=float, default=16.0, help="MiB that are allowed")
+    parser.add_argument("--flags", default="", help="further flags of the server")
     parser.add_argument("--out", default="", help="JSON file for the figures")
     args = parser.parse_args()
-    with server(args.bundle, ["--max-queue", "30"]) as (port, _):
+    flags = ["--max-queue", "30", "--deadline", "60", *args.flags.split()]
+    with server(args.bundle, flags) as (port, _):
         attacker = Attack(port, args.requests)
+        start = resident(attacker.client)
+        for _ in range(2):
+            fill(attacker.client, list(attacker.client.get("/").json()["tasks"]))
         attack(attacker, args.requests)
         attacker.memory.append(resident(attacker.client))
         alive = attacker.client.get("/v2/health/ready").status_code
@@ -129,11 +146,15 @@ def main() -> None:
         "requests": attacker.sent,
         "statuses": dict(sorted(attacker.counts.items())),
         "ready_at_the_end": alive == 200,
+        "memory_mib_at_the_start": round(start, 1),
         "memory_mib": [round(value, 1) for value in attacker.memory],
     }
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     if args.out:
         write_json(args.out, report)
+    grown = attacker.memory[-1] - attacker.memory[0]
+    if grown > args.growth:
+        raise SystemExit(f"memory grew by {grown:.1f} MiB")
 
 
 if __name__ == "__main__":

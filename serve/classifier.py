@@ -30,6 +30,7 @@ from serve.tokenize import Encoded, Encoder
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+_LARGE = 16 * MIB  # of attention scores; a batch beyond it gives its memory back
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
@@ -70,7 +71,7 @@ class Classifier:
         *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
-        token_budget: int = 4096,
+        token_budget: int = 2048,
         max_rows: int = 32,
         max_tokens: int | None = None,
         bank_memory: int = 512 * MIB,
@@ -298,10 +299,17 @@ class Classifier:
             values = (input_ids, mask, np.array(groups, np.int64))
             for name, value in zip(_TEXT_INPUTS, values, strict=True):
                 feed[name] = on_device(value, self._engine.device)
-            logits = self._engine.run(feed)[0].astype(np.float32)
+            large = self._scores_bytes(len(batch), longest) > _LARGE
+            logits = self._engine.run(feed, give_back=large)[0].astype(np.float32)
         result = np.empty_like(logits)
         result[list(order)] = logits
         return result
+
+    def _scores_bytes(self, rows: int, length: int) -> int:
+        """The attention scores of a layer, which take most of the memory of long texts."""
+        before = self.bundle.prompt_tokens
+        queries = length + (before if self.bundle.mode == "full" else 0)
+        return 4 * self.bundle.size("num_heads") * rows * queries * (before + length)
 
     @staticmethod
     def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:

@@ -23,7 +23,7 @@ class ModelConfig:
         None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
     )
     token_budget: int = option(
-        4096, help="padded tokens of a batch; more takes memory and gains little", minimum=1
+        2048, help="padded tokens of a batch; more takes memory and gains little", minimum=1
     )
     max_rows: int = option(32, help="texts of a batch", minimum=1)
     max_tokens: int | None = option(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import serve_toy as toy
 
@@ -94,6 +96,60 @@ def test_logits_that_overflow_are_a_failure_and_no_answer(tmp_path: Path) -> Non
     batch = classifier.encoder.encode(["good"], [classifier.tasks["film"]])
     with pytest.raises(Failure, match="--precision"):
         classifier.read_out(batch, np.array([[np.nan, 1.0]], np.float32))
+
+
+def resident() -> float:
+    """This process's memory in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_a_large_run_gives_its_memory_back_when_asked(tmp_path: Path) -> None:
+    node = onnx.helper.make_node
+    info = onnx.helper.make_tensor_value_info
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+    graph = onnx.helper.make_graph(
+        [
+            node("ConstantOfShape", ["shape"], ["ones"], value=one),
+            node("Exp", ["ones"], ["powers"]),
+            node("ReduceMax", ["powers"], ["largest"], keepdims=0),
+        ],
+        "g",
+        [info("shape", onnx.TensorProto.INT64, [1])],
+        [info("largest", onnx.TensorProto.FLOAT, [])],
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g")
+    engine = Engine(tmp_path / "g", threads=1, providers=[CPU])
+    engine.run({"shape": on_device(np.array([16], np.int64), "cpu")})  # what it takes first stays
+    feed = {"shape": on_device(np.array([2**25], np.int64), "cpu")}  # 128 MiB for each tensor
+    before = resident()
+    engine.run(feed)
+    assert resident() - before > 100  # kept for the next run
+    assert engine.run(feed, give_back=True)[0] == pytest.approx(np.e)
+    assert resident() - before < 50
+
+
+def test_batches_with_large_attention_give_their_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(toy.make_bundle(tmp_path / "b"), threads=1)
+    asked: list[bool] = []
+    run = Engine.run
+
+    def noting(self: Engine, feed: Any, *, give_back: bool = False) -> Any:
+        asked.append(give_back)
+        return run(self, feed, give_back=give_back)
+
+    monkeypatch.setattr(Engine, "run", noting)
+    # Two rows of 3 and 3 + 10 tokens with the template: 4 bytes x heads x 2 x S x (P + S).
+    monkeypatch.setattr("serve.classifier._LARGE", 4 * toy.H * 2 * 13 * (toy.P + 13) - 1)
+    classifier.warm()
+    asked.clear()
+    classifier.classify(["", ""], "film")
+    classifier.classify(["", "good " * 9], "film")
+    classifier.classify(["", "good " * 10], "film")
+    assert asked == [False, False, True]
 
 
 def test_warming_fills_the_bank_as_far_as_it_goes(tmp_path: Path) -> None:
