@@ -35,9 +35,9 @@ class BundleConfig:
     precision: list[str] = option(
         ["fp32"], help="graphs in the bundle: int8 for CPUs, fp16 for GPUs", choices=PRECISIONS
     )
-    int8_bits: int = option(
-        7, help="bits of int8 weights: 7 is safe on every CPU, 8 only with VNNI", minimum=7,
-        maximum=8,
+    int8_target: str = option(
+        "any", help="where int8 is to run: any CPU, the instruction set named, or this machine's",
+        choices=("any", "auto", "avx2", "avx512_vnni", "arm64"),
     )  # fmt: skip
     validation: str | None = option(
         None, help="labelled file (CSV, TSV, JSONL, Parquet) to measure the precisions on"
@@ -151,7 +151,7 @@ def run_bundle(config: BundleConfig) -> None:
         precisions=config.precision,
         prompt_tokens=config.prompt_tokens,
         max_tokens=config.max_tokens,
-        int8_bits=config.int8_bits,
+        int8_target=config.int8_target,
         validation=config.validation,
         task=config.task,
         text_column=config.text_column,

@@ -116,7 +116,7 @@ def export_bundle(
     precisions: Sequence[str] = ("fp32",),
     prompt_tokens: int | None = None,
     max_tokens: int = MAX_TOKENS,
-    int8_bits: int = 7,
+    int8_target: str = "any",
     validation: str | None = None,
     task: str | None = None,
     text_column: str = "text",
@@ -131,7 +131,7 @@ def export_bundle(
         precisions: of `exporter.precision.PRECISIONS`; fp32 is always in a bundle.
         prompt_tokens: P of the graph, so that longer prompts can be added later.
         max_tokens: longest row that the bundle takes, template included.
-        int8_bits: see `exporter.precision.int8_onnx`.
+        int8_target: see `exporter.precision.int8_onnx`.
         validation: a labelled file on which every other precision is measured; `task` names its
             task, `text_column` and `label_column` its columns.
         force: keep a precision that loses more than half a point of accuracy.
@@ -166,7 +166,7 @@ def export_bundle(
                 _save(folder / "prefix.onnx", weights.place(prefix))
         tokenizer.save(str(folder / "tokenizer.json"))
         measured = _measure(
-            folder, job, backbone, precisions, weights, max_tokens, int8_bits, texts, force
+            folder, job, backbone, precisions, weights, max_tokens, int8_target, texts, force
         )
         bundles.create(folder, _header(job, backbone, max_tokens, measured))
         for name, record, slot in zip(job.names, job.records, job.slots, strict=True):
@@ -182,7 +182,7 @@ def _measure(
     precisions: Sequence[str],
     weights: WeightsFile,
     max_tokens: int,
-    int8_bits: int,
+    int8_target: str,
     texts: Validation | None,
     force: bool,
 ) -> dict[str, dict[str, Any]]:
@@ -208,7 +208,7 @@ def _measure(
         if name == "fp32":
             continue
         source = folder / "model.onnx"
-        model, figures = int8_onnx(source, int8_bits) if name == "int8" else fp16_onnx(source)
+        model, figures = int8_onnx(source, int8_target) if name == "int8" else fp16_onnx(source)
         with WeightsFile(folder / f"weights.{name}.data").known(weights) as own:
             _save(folder / f"model.{name}.onnx", own.place(model))
         graph = session(folder / f"model.{name}.onnx")

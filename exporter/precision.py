@@ -8,15 +8,17 @@ onnxruntime 1.32 refuses at run time: "b zero point is not valid") and stay as t
 from __future__ import annotations
 
 import logging
+import platform
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
-from serve.errors import Failure
+from serve.errors import Failure, UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,39 @@ OVERFLOWING = re.compile(r"feed\.(\d+\.)?w_out$")
 WIDE = ("Add", "Pow", "ReduceMean", "Sqrt", "Div", "Mul", "Range", "Sub", "Clip")
 
 
+@dataclass(frozen=True)
+class Int8:
+    """How weights are quantized; activations are always 8 bits without a sign."""
+
+    signed: bool
+    bits: int
+
+
+# By instruction set, after what onnxruntime's kernels do there. AVX2 and AVX-512 without VNNI add
+# two products of a signed and an unsigned byte in 16 bits, which saturates: with 7-bit weights it
+# cannot, and unsigned weights take wider, slower kernels (docs/speed.md has both measured).
+INT8 = {
+    "any": Int8(signed=True, bits=7),  # the fastest that is right on every CPU
+    "avx2": Int8(signed=False, bits=8),
+    "avx512_vnni": Int8(signed=True, bits=8),
+    "arm64": Int8(signed=True, bits=8),
+}
+
+
+def this_machine(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> str:
+    """The name in `INT8` of this machine's instruction set, as for `--int8-target auto`.
+
+    Args:
+        cpuinfo, machine: where to look; the tests have their own.
+    """
+    if (machine or platform.machine()) in ("aarch64", "arm64"):
+        return "arm64"
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    if flags & {"avx512_vnni", "avx_vnni"}:
+        return "avx512_vnni"
+    return "avx2" if "avx2" in flags else "any"
+
+
 def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The products with a constant matrix [in, out]."""
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
@@ -35,41 +70,46 @@ def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     ]
 
 
-def int8_onnx(graph: Path, bits: int = 7) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """Weights as int8 per output channel, activations quantized as they come.
+def int8_onnx(graph: Path, target: str = "any") -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Weights in 8 or 7 bits per output channel, activations quantized as they come.
 
     Args:
         graph: an fp32 graph, its weights beside it.
-        bits: 7 is safe on every CPU; 8 is a little finer, but on CPUs without VNNI instructions
-            sums of two products can saturate.
+        target: a name in `INT8`, or `auto` for this machine's.
 
     Returns:
         the model with weights inside, and figures for `bundle.json`.
 
     Raises:
+        UserError: an unknown target.
         Failure: a product was left out, so the file would not be what its name says.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    if target == "auto":
+        target = this_machine()
+    if target not in INT8:
+        raise UserError(f"--int8-target '{target}' is unknown: use auto, {', '.join(INT8)}")
+    kind = INT8[target]
     wanted = [node.name for node in weight_products(onnx.load(graph, load_external_data=False))]
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends, on the root logger, a step that is done already
     try:
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "int8.onnx"
+            path = Path(folder) / "int8.onnx"
             quantize_dynamic(
                 graph,
-                target,
+                path,
                 op_types_to_quantize=["MatMul"],
                 nodes_to_quantize=wanted,
                 per_channel=True,
-                reduce_range=bits == 7,
-                weight_type=QuantType.QInt8,
+                reduce_range=kind.bits == 7,
+                weight_type=QuantType.QInt8 if kind.signed else QuantType.QUInt8,
                 use_external_data_format=True,
                 extra_options={"MatMulConstBOnly": True},
             )
-            model = onnx.load(target)
+            model = onnx.load(path)
     finally:
         root.setLevel(level)
     count = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
@@ -78,8 +118,10 @@ def int8_onnx(graph: Path, bits: int = 7) -> tuple[onnx.ModelProto, dict[str, An
             f"only {count} of {len(wanted)} products became int8: the installed onnxruntime does "
             "not quantize this graph, export it as fp32"
         )
-    figures = {"quantized_products": count, "weight_bits": bits, "per_channel": True}
-    return model, figures
+    return model, {
+        "quantized_products": count, "weight_bits": kind.bits, "signed_weights": kind.signed,
+        "target": target, "per_channel": True,
+    }  # fmt: skip
 
 
 def fp16_onnx(graph: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:

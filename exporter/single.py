@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from trainer.prompt import Prompt
 log = logging.getLogger(__name__)
 
 FORMATS = ("onnx", "torchscript")
+INPUTS = ("input_ids", "attention_mask")
+Logits = Callable[[Arrays], np.ndarray]  # a file that was written, loaded again
 LIMIT = 2_000_000_000  # bytes; protobuf, and so an .onnx file, ends at 2 GiB
 
 
@@ -68,9 +71,15 @@ def export_single(
     graph = SingleFileGraph(served, job.slots[0].params, words).eval()
     values = example(served)
     arguments = (values["input_ids"], values["attention_mask"])
-    write = _write_torchscript if kind == "torchscript" else _write_onnx
     with atomic_write(out) as temporary:
-        return write(graph, arguments, job, backbone, temporary, precision, max_tokens)
+        if kind == "torchscript":
+            logits = _write_torchscript(graph, arguments, temporary, _task_json(job))
+        else:
+            logits = _write_onnx(graph, arguments, temporary, _task_json(job), precision)
+        worst = difference(logits, job.slots, backbone, job.mode, max_tokens)
+        if precision == "fp32":
+            check(worst, f"the {kind} file")
+        return worst
 
 
 def _task_json(job: Job) -> str:
@@ -81,14 +90,11 @@ def _task_json(job: Job) -> str:
 def _write_onnx(
     graph: SingleFileGraph,
     arguments: tuple[torch.Tensor, ...],
-    job: Job,
-    backbone: Backbone,
     path: Path,
+    task: str,
     precision: str,
-    max_tokens: int,
-) -> float:
-    names = ["input_ids", "attention_mask"]
-    model = to_onnx(graph, arguments, names, ["logits"], dynamic_axes(names))
+) -> Logits:
+    model = to_onnx(graph, arguments, INPUTS, ["logits"], dynamic_axes(INPUTS))
     if model.ByteSize() > LIMIT:
         raise Failure(
             f"a single file of this backbone takes {model.ByteSize() / 1e9:.1f} GB, and .onnx ends "
@@ -100,35 +106,23 @@ def _write_onnx(
             plain.write_bytes(model.SerializeToString())
             model, _ = int8_onnx(plain)
     entry = model.metadata_props.add()
-    entry.key, entry.value = "task", _task_json(job)
+    entry.key, entry.value = "task", task
     onnx.save(model, str(path))
     runner = session(path)
-    worst = difference(lambda batch: run(runner, batch), job.slots, backbone, job.mode, max_tokens)
-    if precision == "fp32":
-        check(worst, "the single file")
-    return worst
+    return lambda batch: run(runner, batch)
 
 
 def _write_torchscript(
-    graph: SingleFileGraph,
-    arguments: tuple[torch.Tensor, ...],
-    job: Job,
-    backbone: Backbone,
-    path: Path,
-    precision: str,
-    max_tokens: int,
-) -> float:
+    graph: SingleFileGraph, arguments: tuple[torch.Tensor, ...], path: Path, task: str
+) -> Logits:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # it warns of sizes; other sizes are verified below
         traced = torch.jit.trace(graph, arguments, check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={"task": _task_json(job)})
+        torch.jit.save(traced, str(path), _extra_files={"task": task})
         loaded = torch.jit.load(str(path))
 
     def logits(batch: Arrays) -> np.ndarray:
-        inputs = (torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
         with torch.no_grad():
-            return loaded(*inputs).numpy()
+            return loaded(*(torch.from_numpy(batch[name]) for name in INPUTS)).numpy()
 
-    worst = difference(logits, job.slots, backbone, job.mode, max_tokens)
-    check(worst, "the TorchScript file")
-    return worst
+    return logits

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from exporter.precision import int8_onnx, weight_products
+from exporter.precision import int8_onnx, this_machine, weight_products
 from exporter.record import WEIGHTS, read_folder, task_name, task_record, template_ids, word_ids
 from exporter.trace import ALIGNMENT, WeightsFile
 from exporter.verify import left_padded, session
@@ -126,12 +126,47 @@ def test_int8_counts_its_products_and_stays_near(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(product(matrix), str(path))
     model, figures = int8_onnx(path)
-    assert figures == {"quantized_products": 1, "weight_bits": 7, "per_channel": True}
+    assert figures == {
+        "quantized_products": 1, "weight_bits": 7, "signed_weights": True, "target": "any",
+        "per_channel": True,
+    }  # fmt: skip
     x = random.normal(size=(5, 64)).astype(np.float32)
     got = session(model.SerializeToString()).run(None, {"x": x})[0]
     # 7 bits: the step of a column's weights is its largest / 64, of the inputs the range / 255.
     error = np.abs(got - x @ matrix)[:, 1:]
     assert error.max() < 0.5 and error.max() > 0
+
+
+@pytest.mark.parametrize("target", ["any", "avx2"])
+def test_int8_does_not_saturate_where_two_large_products_meet(tmp_path: Path, target: str) -> None:
+    """255 x 127, twice, is beyond 16 bits: kernels without VNNI would cut it to half."""
+    matrix = np.ones((64, 16), np.float32)
+    onnx.save(product(matrix), str(tmp_path / "model.onnx"))
+    model, figures = int8_onnx(tmp_path / "model.onnx", target)
+    assert figures["target"] == target
+    x = np.ones((3, 64), np.float32)
+    got = session(model.SerializeToString()).run(None, {"x": x})[0]
+    np.testing.assert_allclose(got, 64.0, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "target"),
+    [
+        ("x86_64", "sse avx2 avx512f avx512_vnni", "avx512_vnni"),
+        ("x86_64", "avx2 avx_vnni", "avx512_vnni"),
+        ("x86_64", "sse avx2 avx512f", "avx2"),
+        ("x86_64", "sse", "any"),
+        ("x86_64", None, "any"),
+        ("aarch64", None, "arm64"),
+    ],
+)
+def test_the_instruction_set_is_read_from_the_machine(
+    tmp_path: Path, machine: str, flags: str | None, target: str
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if flags is not None:
+        path.write_text(f"processor : 0\nflags : {flags}\n")
+    assert this_machine(path, machine) == target
 
 
 def test_int8_refuses_a_graph_without_products(tmp_path: Path) -> None:
