@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,82 @@ from trainer.embed import embed, encoder_source, load_encoder
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("tfidf", "embedding")
+KINDS = ("tfidf", "embedding", "bundle")
 _FEATURES = 2**18  # hashed words and pairs: memory does not grow with the vocabulary
 _STRENGTH = {"tfidf": 3.0, "embedding": 1.0}  # C; larger fits closer and is surer of itself
 _ITERATIONS = 100  # of L-BFGS; accuracy no longer changes after about 50
 _EMBEDDED_TEXTS = 20_000  # what --classifier embedding learns from at most: minutes on two cores
 
 
+class Measured:
+    """Anything with class probabilities, and so with an accuracy."""
+
+    classes: int
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, C], the class probabilities of N texts."""
+        raise NotImplementedError
+
+    def measure(self, test: Examples, threshold: float) -> dict[str, float]:
+        """Accuracy on held-out texts: of all, within one class, and of those above `threshold`."""
+        found = self.probabilities(test.texts)
+        best = found.argmax(axis=1)
+        right = best == test.labels
+        sure = found.max(axis=1) >= threshold
+        return {
+            "rows": len(test),
+            "accuracy": float(right.mean()),
+            "within_one": float((np.abs(best - test.labels) <= 1).mean()),
+            "confident_share": float(sure.mean()),
+            "confident_accuracy": float(right[sure].mean()) if sure.any() else 0.0,
+        }
+
+
+class BundleLabeller(Measured):
+    """A task of a bundle: a prompt on a T5, exported to ONNX, run by onnxruntime without torch.
+
+    Args:
+        folder: the bundle.
+        task: one of its tasks; None where it has one only.
+
+    Raises:
+        UserError: no such bundle or task. Failure: a damaged bundle.
+    """
+
+    def __init__(self, folder: str, task: str | None = None):
+        from serve.classifier import Classifier
+
+        self._classifier: Any = Classifier(folder)
+        tasks = sorted(self._classifier.tasks)
+        if task is None and len(tasks) != 1:
+            raise UserError(
+                f"--bundle {folder} has the tasks {', '.join(tasks)}: pass --bundle-task"
+            )
+        self.task = task or tasks[0]
+        if self.task not in tasks:
+            raise UserError(f"--bundle-task {self.task}: {folder} has {', '.join(tasks)}")
+        self.folder = str(Path(folder).absolute())
+        self.names = tuple(self._classifier.tasks[self.task].labels)
+        self.classes = len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process opens the bundle itself: a session cannot travel, and need not.
+        return {**vars(self), "_classifier": None}
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, C], the class probabilities of N texts."""
+        if self._classifier is None:
+            from serve.classifier import Classifier
+
+            # An actor has one core, and the process that sent it has checked the files.
+            self._classifier = Classifier(self.folder, threads=1, spin=False, verify=False)
+        results = self._classifier.classify(list(texts), task=self.task) if len(texts) else []
+        table = [[result.probabilities[name] for name in self.names] for result in results]
+        return np.array(table, np.float64).reshape(len(texts), self.classes)
+
+
 @dataclass
-class Labeller:
+class Labeller(Measured):
     """A trained classifier of C classes.
 
     Attributes:
@@ -57,20 +125,6 @@ class Labeller:
             list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False
         )
         return self.model.predict_proba(vectors)
-
-    def measure(self, test: Examples, threshold: float) -> dict[str, float]:
-        """Accuracy on held-out texts: of all, within one class, and of those above `threshold`."""
-        found = self.probabilities(test.texts)
-        best = found.argmax(axis=1)
-        right = best == test.labels
-        sure = found.max(axis=1) >= threshold
-        return {
-            "rows": len(test),
-            "accuracy": float(right.mean()),
-            "within_one": float((np.abs(best - test.labels) <= 1).mean()),
-            "confident_share": float(sure.mean()),
-            "confident_accuracy": float(right[sure].mean()) if sure.any() else 0.0,
-        }
 
 
 def with_sentences(examples: Examples, words: tuple[int, int]) -> tuple[list[str], np.ndarray]:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from serve.cli import as_json, option
 from serve.errors import UserError
 from serve.files import atomic_write
-from trainer.classifier import KINDS, Labeller, train_labeller
+from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
 from trainer.remote import Source, size_of
@@ -75,8 +75,14 @@ class LabelConfig:
     classifier: str = option(
         "tfidf", choices=KINDS,
         help="logistic regression on words and pairs (thousands of sentences a second on a core) "
-        "or on sentence embeddings (a hundred or two)",
+        "or on sentence embeddings (a hundred or two); or an exported task, see --bundle",
     )  # fmt: skip
+    bundle: str | None = option(
+        None, metavar="FOLDER",
+        help="the bundle whose task annotates, for --classifier bundle: ONNX, no torch; --task or "
+        "--data then only measure it",
+    )  # fmt: skip
+    bundle_task: str | None = option(None, help="which of the bundle's tasks", metavar="NAME")
     encoder: str | None = option(None, help="sentence-transformers id or folder for embedding")
     threshold: float = option(
         0.5, minimum=0, maximum=1,
@@ -129,14 +135,7 @@ def run_label(config: LabelConfig) -> None:
         whole = [Sentence(text, rows.source) for text in rows.texts]
         reservoir.add(whole, np.eye(len(names))[rows.labels], banned)
     else:
-        train, test = _labelled(config, "train"), _labelled(config, "test")
-        names = train.names
-        labeller = train_labeller(
-            train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
-            seed=config.seed, words=(config.min_words, config.max_words),
-        )  # fmt: skip
-        figures = labeller.measure(test, config.threshold)
-        sys.stdout.write(_describe(figures, config, test.source, len(names)))
+        labeller, names, figures = _labeller(config)
         if config.ray is None:
             reservoir = _annotate(config, files, labeller, banned)
         else:
@@ -158,7 +157,34 @@ def run_label(config: LabelConfig) -> None:
     sys.stdout.write(f"{config.out}: {sum(counts)} sentences ({shown})\n")
 
 
+def _labeller(config: LabelConfig) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
+    """The classifier, its classes, and its figures on held-out rows, if there are some."""
+    if config.bundle is not None:
+        exported = BundleLabeller(config.bundle, config.bundle_task)
+        if config.data is None and config.task is None:
+            return exported, exported.names, {}
+        test = _labelled(config, "test")
+        if len(test.names) != exported.classes:
+            raise UserError(
+                f"--bundle-task {exported.task} has the classes {', '.join(exported.names)}, but "
+                f"{test.source} has {', '.join(test.names)}: measure it on its own classes"
+            )
+        figures = exported.measure(test, config.threshold)
+        sys.stdout.write(_describe(figures, config, test.source, exported.classes))
+        return exported, exported.names, figures
+    train, test = _labelled(config, "train"), _labelled(config, "test")
+    labeller = train_labeller(
+        train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
+        seed=config.seed, words=(config.min_words, config.max_words),
+    )  # fmt: skip
+    figures = labeller.measure(test, config.threshold)
+    sys.stdout.write(_describe(figures, config, test.source, len(train.names)))
+    return labeller, train.names, figures
+
+
 def _check(config: LabelConfig) -> None:
+    if (config.classifier == "bundle") != (config.bundle is not None):
+        raise UserError("--classifier bundle and --bundle FOLDER go together: pass both or neither")
     if config.corpus and config.labelled:
         raise UserError("--labelled reads no --corpus: pass one of the two")
     if not config.corpus and not config.labelled:
@@ -205,7 +231,7 @@ def _checkpoint(config: LabelConfig) -> Path:
 
 
 def _annotate(
-    config: LabelConfig, files: Sequence[Source], labeller: Labeller, banned: set[int]
+    config: LabelConfig, files: Sequence[Source], labeller: Measured, banned: set[int]
 ) -> Reservoir:
     """Stream the corpus through the classifier into the reservoir, with checkpoints."""
     reservoir = Reservoir(config.per_class, config.threshold, config.seed, labeller.classes)

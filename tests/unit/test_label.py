@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from serve.cli import Command, run
 from serve.errors import UserError
 from trainer import label
-from trainer.classifier import train_labeller, with_sentences
+from trainer.classifier import BundleLabeller, train_labeller, with_sentences
 from trainer.corpus import Sentence
 from trainer.data import Examples
 from trainer.label import LabelConfig, run_label
@@ -165,6 +167,56 @@ def test_the_classifier_learns_from_texts_and_their_sentences() -> None:
     figures = labeller.measure(examples.sample(50, 1), 0.5)
     assert figures["accuracy"] == 1.0
     assert labeller.probabilities([]).shape == (0, 2)
+
+
+class Exported:
+    """Stands for `serve.classifier.Classifier`: two tasks; opened bundles are noted down."""
+
+    opened: list[dict[str, Any]] = []
+
+    def __init__(self, folder: str, **settings: Any):
+        self.opened.append({"folder": folder, **settings})
+        self.tasks = {
+            "mood": SimpleNamespace(labels=["bad", "good"]),
+            "stars": SimpleNamespace(labels=["1", "2", "3"]),
+        }
+
+    def classify(self, texts: list[str], task: str) -> list[Any]:
+        sure = [0.9 if any(word in text for word in FINE) else 0.2 for text in texts]
+        # Labels in another order than the task's: they are looked up by name.
+        return [SimpleNamespace(probabilities={"good": p, "bad": 1 - p}) for p in sure]
+
+
+def test_a_bundle_annotates_and_travels_by_its_folder(
+    material: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("serve.classifier.Classifier", Exported)
+    labeller = BundleLabeller(str(tmp_path), "mood")
+    copy = pickle.loads(pickle.dumps(labeller))
+    np.testing.assert_allclose(
+        copy.probabilities(["A lovely day.", "An ugly day."]), [[0.1, 0.9], [0.8, 0.2]]
+    )
+    assert copy.probabilities([]).shape == (0, 2)
+    assert Exported.opened[-1]["folder"] == str(tmp_path)
+    assert Exported.opened[-1]["threads"] == 1
+    with pytest.raises(UserError, match="has the tasks mood, stars: pass --bundle-task"):
+        BundleLabeller(str(tmp_path))
+    with pytest.raises(UserError, match=r"--bundle-task tone: .* has mood, stars"):
+        BundleLabeller(str(tmp_path), "tone")
+
+    flags = {"classifier": "bundle", "bundle": str(tmp_path), "bundle_task": "mood"}
+    run_label(LabelConfig(**{**material, "data": None}, **flags))
+    assert "classifier" not in capsys.readouterr().out  # nothing to measure it on
+    table = parquet.read_table(material["out"]).to_pydict()
+    for text, index in zip(table["text"], table["label"], strict=True):
+        assert any(word in text for word in (POOR, FINE)[index])
+    run_label(LabelConfig(**material, **flags))
+    assert "classifier (bundle): accuracy 1.000" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has the classes 1, 2, 3, but .* has bad, good"):
+        run_label(LabelConfig(**material, **{**flags, "bundle_task": "stars"}))
+    with pytest.raises(UserError, match="--classifier bundle and --bundle FOLDER go together"):
+        run_label(LabelConfig(**material, bundle="b"))
 
 
 def test_a_class_without_training_rows_is_named() -> None:

@@ -11,7 +11,7 @@ import pyarrow as arrow
 from tqdm.auto import tqdm
 
 from serve.errors import Failure
-from trainer.classifier import Labeller
+from trainer.classifier import Measured
 from trainer.corpus import BadFiles, Sentence, split_sentences
 from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, first_line, session
 from trainer.distributed.reading import Documents, file_of, read_files
@@ -40,7 +40,7 @@ class Annotate:
     def __init__(self, shared: Any, config: LabelConfig, names: list[str]):
         import ray
 
-        self.labeller: Labeller
+        self.labeller: Measured
         self.labeller, self.banned = ray.get(shared[0])
         self.config, self.names = config, names
         self.lowest = [np.empty(0, np.uint64)] * self.labeller.classes
@@ -87,7 +87,7 @@ class Annotate:
 
 
 def annotate(
-    config: LabelConfig, files: Sequence[Source], labeller: Labeller, banned: set[int]
+    config: LabelConfig, files: Sequence[Source], labeller: Measured, banned: set[int]
 ) -> Reservoir:
     """The sample of the corpus, as one machine draws it, made by the cluster `config.ray`.
 
