@@ -25,7 +25,7 @@ BANDS = (8, 12, 16, 20, 26, 34, 48)  # tokens of a text; a batch takes one band,
 BAND_SHARES = (0.13, 0.16, 0.2, 0.2, 0.15, 0.1, 0.06)
 FIRST_PIECE = 103  # ids below are special tokens and sentinels
 LONG = 18  # tokens from which a text counts as long
-GROUPS = 4  # soft prompts in one batch
+GROUPS = 8  # soft prompts in one batch
 SILENT = 0.45  # share of them that are random pieces: a prompt tuned from there starts as well as
 # the template alone
 OPINIONS = ("polarity", "tone", "star")
