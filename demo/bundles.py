@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 MINI = Path(trainer.__file__).parent / "backbones" / "mini"  # trainer.backbone would load torch
 QUICKSTART = Path("runs/quickstart/bundle")  # where `python -m trainer quickstart` writes
-_LAYOUT = "1"  # of what demo.first makes; another number makes every cached bundle anew
+_LAYOUT = "2"  # of what demo.first makes; another number makes every cached bundle anew
 
 
 def cached() -> Path:

@@ -12,7 +12,8 @@ from serve.errors import UserError
 KINDS = {
     "tuned": ("Tuned prompt", "as it is served"),
     "metapt": ("MetaPT start", "meta-trained, never tuned on the task"),
-    "start": ("Start that ships", "Teach begins with it; never tuned on the task"),
+    "start": ("Common words", "a prompt that says nothing: the backbone alone"),
+    "start-of-lesson": ("Its start", "where the lesson began"),
     "from-random": ("Tuned from random", "the same samples, without MetaPT"),
     "from-ppt": ("Tuned from PPT", "the same samples, another start"),
     "ppt": ("PPT start", "pre-trained without clusters, never tuned"),
@@ -76,10 +77,10 @@ def table(found: Comparison, before: dict[str, str]) -> str:
             was = f"<small>was {escape(old or '')}</small>" if changed else ""
             cells.append(
                 f'<td data-name="{escape(titles[kind][0])}"{" class=changed" if changed else ""}>'
-                f"{escape(result.label)} {result.score:.0%}{bar(result.score)}{was}</td>"
+                f"<b>{escape(result.label)}</b> {result.score:.0%}{bar(result.score)}{was}</td>"
             )
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
     return (
-        '<div class="scroll"><table class="grid"><thead><tr><th>Task</th>'
+        '<div class="scroll"><table class="grid even"><thead><tr><th>Task</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

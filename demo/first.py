@@ -17,15 +17,9 @@ from serve.errors import Failure
 from serve.files import atomic_folder
 from trainer.backbone import Backbone, load_backbone
 from trainer.bonnet import write_bonnet
-from trainer.prompt import Prompt
-from trainer.shipped import (
-    SHIPPED,
-    best_start,
-    load_shipped,
-    question_of,
-    shipped_names,
-    shipped_starts,
-)
+from trainer.initial import initial_params
+from trainer.prompt import Prompt, TaskRecord
+from trainer.shipped import load_shipped, question_of, shipped_names, shipped_starts
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +34,7 @@ _TASKS = (
     ("topic", "genre", ()),
 )
 _STARTS = ("metapt", "ppt")
+_SEED = 1  # of the words
 
 
 def shipped_tasks(backbone: Backbone) -> dict[str, Prompt]:
@@ -57,20 +52,26 @@ def shipped_tasks(backbone: Backbone) -> dict[str, Prompt]:
     return found
 
 
-def starts(backbone: Backbone) -> dict[str, Prompt]:
-    """The starting points that go along: those that MetaPT and PPT found, or the best that ships.
+def starts(backbone: Backbone, tokens: int) -> dict[str, Prompt]:
+    """The starting points that go along: those that MetaPT and PPT found, where they ship.
 
-    The best that ships is of method `start`, which the page tells from a task.
+    Without MetaPT's it is a prompt of common words, of method `start`: it says nothing, so it
+    shows what the backbone answers by itself.
+
+    Args:
+        tokens: P of the prompt of words.
     """
     known = shipped_starts(backbone.folder)
     found = {name: load_shipped(backbone, name) for name in _STARTS if name in known}
     for name, prompt in found.items():
         prompt.task.method = name
-    best = best_start(backbone.folder)
-    if "metapt" not in found and best.startswith(SHIPPED):
-        prompt = load_shipped(backbone, best.removeprefix(SHIPPED))
-        prompt.task.method = "start"
-        found["start"] = prompt
+    if "metapt" not in found:
+        params = initial_params(backbone, "vocab", "prefix", tokens, _SEED)
+        record = TaskRecord(
+            name="words", labels=["terrible", "great"], words=["terrible", "great"],
+            backbone=backbone.name, backbone_sha256=backbone.sha256, method="start",
+        )  # fmt: skip
+        found["words"] = Prompt({name: value.detach() for name, value in params.items()}, record)
     return found
 
 
@@ -95,7 +96,8 @@ def make(config: FirstConfig) -> None:
             f"backbone '{config.backbone}' ships no prompts to show: name a bundle, "
             "python -m demo BUNDLE"
         )
-    prompts = {**tasks, **starts(backbone)}
+    longest = max(prompt.tokens for prompt in tasks.values())
+    prompts = {**tasks, **starts(backbone, longest)}
     folders = shipped_starts(backbone.folder)  # with the curves of their training
     sources: dict[str, str | Path | Prompt] = {n: folders.get(n, p) for n, p in prompts.items()}
     with atomic_folder(config.out) as temporary:

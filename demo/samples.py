@@ -33,6 +33,21 @@ _BY_DOMAIN = {
         "We waited an hour for cold noodles.",
         "Lovely room, forgettable food.",
     ],
+    "topic": [
+        "The cabin was cold and they lost my suitcase.",
+        "Take one tablet after breakfast; it gave me a headache.",
+        "Our room looked over the harbour, and breakfast was included.",
+    ],
+    "fact": [
+        "The committee met on Tuesday to discuss the budget.",
+        "A lazy sequel that insults everyone who liked the first one.",
+        "The library opens at nine and closes at six.",
+    ],
+    "opposite": [
+        "The best thing I have bought in years.",
+        "A waste of money and of an evening.",
+        "It could not have gone better.",
+    ],
 }
 _DOMAIN_OF = {
     "sst": "film", "movie": "film", "mr": "film", "amazon": "product", "laptop": "product",

@@ -24,9 +24,10 @@ MAX_TEXT = (
     5000  # characters of one text; the graph cuts far below, this bounds the tokenizer's work
 )
 IDLE = 3600.0  # seconds after which a silent visitor's tasks may go
-# Methods whose prompts are starting points, not tasks; `start` is the best prompt that ships with a
-# backbone for which MetaPT has found none.
+# Methods whose prompts are starting points, not tasks; `start` is a prompt of common words, which
+# stands in where MetaPT has found none.
 STARTS = ("metapt", "ppt", "start")
+_MOST_STARTS = 10  # prompts that a lesson tries: each costs a forward pass over the examples
 _FROM = "-from-"  # "film-from-random" is the task "film", tuned from another start
 
 
@@ -263,9 +264,14 @@ class Room:
         """The bundle's starting point of that method (one of `STARTS`), if it carries one."""
         return next((t for t in self.bundled.values() if t.info.get("method") == method), None)
 
-    def best_start(self) -> Task | None:
-        """The starting point that a lesson begins with; the bundle may carry none."""
-        return self.start("metapt") or self.start("start")
+    def lesson_starts(self) -> dict[str, Task]:
+        """The prompts that a lesson may begin with: MetaPT's, or else all of different origin."""
+        metapt = self.start("metapt")
+        if metapt is not None:
+            return {"metapt": metapt}
+        words = self.start("start")
+        tasks = [self.bundled[name] for name in self.main_tasks()[:_MOST_STARTS]]
+        return {task.name: task for task in ([words] if words else []) + tasks}
 
     def variants(self, session: str, name: str) -> dict[str, str]:
         """The prompts that a task can be read with: kind -> the classifier's task name.

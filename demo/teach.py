@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 MOST_LABELS, LEAST_LABELS = 10, 2
 MOST_EXAMPLES = 400  # of a lesson; more belong into the trainer's command line
-STEPS = 60  # at most; patience usually ends a run before
+STEPS = 40  # at most; patience may end a run before
 # Above appendix A.4's 3e-3: a visitor waits, and more steps would be needed there.
 RATE = 1e-2
 SEED = 1
+MAX_TOKENS = 128  # of an example
 RUNS = ("best", "random")  # the starts of a lesson
 
 
@@ -69,10 +70,31 @@ class Step:
     accuracy: float
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        name: of the prompt in the bundle, `words` or `random`; among: of how many it is the best.
+        params: its tensors, requiring gradients.
+    """
+
+    name: str
+    among: int
+    params: Any
+
+    def arrays(self) -> Arrays:
+        """As the classifier takes them."""
+        from exporter.record import bundle_arrays
+
+        return bundle_arrays({k: v.detach().cpu().float().numpy() for k, v in self.params.items()})
+
+
 @dataclass
 class Lessons:
-    """What a lesson ended with: the prompts by start, and the label words chosen."""
+    """What a lesson ended with: starts and prompts by run, and the label words chosen."""
 
+    starts: dict[str, Start] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     held: int = 0
@@ -225,35 +247,44 @@ def _nearest_word(backbone: Backbone, label: str, taken: set[int]) -> tuple[str,
     raise UserError(f"The vocabulary has no word for the label “{label}”. Rename it.")
 
 
-def start_params(room: Room, backbone: Backbone, run: str) -> Any:
-    """The tensors that a run starts from: the bundle's best start, or random numbers.
+def choose_start(room: Room, backbone: Backbone, task: Task, train: Any) -> Start:
+    """Where the better run begins: at the bundle's MetaPT prompt.
 
-    A bundle that carries no start lets the first run begin with vocabulary words.
+    A bundle without one lets all its prompts, and common words of the vocabulary, answer the
+    training examples as they are, and takes the one of the lowest loss (after SPoT's retrieval of
+    a source prompt, Vu et al. 2022).
     """
     import torch
 
     from trainer.initial import initial_params
     from trainer.modes import deepen
+    from trainer.rows import Rows, Scorer
 
     bundle = room.classifier.bundle
-    start = room.best_start()
-    if run == "best" and start is not None:
-        arrays = bundle.read_prompt(start)
-        keys = ("kv", "states") if bundle.mode == "deep" else ("prompt_embeddings",)
+    keys = ("kv", "states") if bundle.mode == "deep" else ("prompt_embeddings",)
+    found: dict[str, Any] = {}
+    for name, source in room.lesson_starts().items():
+        arrays = bundle.read_prompt(source)
         params = {key: torch.from_numpy(arrays[key]).to(backbone.device) for key in keys}
-        if bundle.mode == "deep":
-            params = deepen(backbone.t5, params)
-        return {name: value.clone().requires_grad_() for name, value in params.items()}
-    init = "random" if run == "random" else "vocab"
-    return initial_params(backbone, init, bundle.mode, prompt_length(room), SEED)
+        found[name] = deepen(backbone.t5, params) if bundle.mode == "deep" else params
+    if room.start("metapt") is None and room.start("start") is None:
+        found["words"] = initial_params(backbone, "vocab", bundle.mode, bundle.prompt_tokens, SEED)
+    best = next(iter(found))
+    if len(found) > 1:
+        scorer = Scorer.of(backbone, task, bundle.mode)
+        rows = Rows(backbone, task.template, train.texts, train.labels, MAX_TOKENS)
+        with torch.no_grad():
+            best = min(found, key=lambda name: scorer.score(found[name], rows).loss)
+    params = {key: value.detach().clone().requires_grad_() for key, value in found[best].items()}
+    return Start(best, len(found), params)
 
 
-def prompt_length(room: Room) -> int:
-    """P of a taught prompt: that of the best start, or the longest that the graph takes."""
-    start = room.best_start()
-    if start is None:
-        return room.classifier.bundle.prompt_tokens
-    return len(room.classifier.bundle.read_prompt(start)["prompt_embeddings"])
+def random_start(room: Room, backbone: Backbone, tokens: int) -> Start:
+    """Random numbers of P = `tokens`."""
+    from trainer.initial import initial_params
+
+    mode = room.classifier.bundle.mode
+    return Start("random", 1, initial_params(backbone, "random", mode, tokens, SEED))
 
 
 def study(
@@ -298,8 +329,8 @@ def _study_one(
     from trainer.tune import TuneConfig, tune
 
     config = TuneConfig(
-        out="", mode=room.classifier.bundle.mode, prompt_tokens=prompt_length(room),
-        epochs=math.ceil(STEPS * 32 / len(train)), rate=RATE, seed=SEED, max_tokens=128,
+        out="", mode=room.classifier.bundle.mode,
+        epochs=math.ceil(STEPS * 32 / len(train)), rate=RATE, seed=SEED, max_tokens=MAX_TOKENS,
         name=task.name,
     )  # fmt: skip
     out: queue.Queue[Step | Exception | None] = queue.Queue()
@@ -316,7 +347,13 @@ def _study_one(
 
     def work() -> None:
         try:
-            params = start_params(room, backbone, run)
+            if run == "best":
+                start = choose_start(room, backbone, task, train)
+            else:
+                start = random_start(room, backbone, lessons.prompts["best"].tokens)
+            lessons.starts[run] = start
+            # The run changes its tensors; the start is shown later as it was.
+            params = {k: v.detach().clone().requires_grad_() for k, v in start.params.items()}
             tuned = tune(
                 backbone, task, train, validation, config, params=params, watch=watch, quiet=True
             )

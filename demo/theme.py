@@ -15,8 +15,7 @@ CSS = """
 .gradio-container main { width: 100%; }
 .gradio-container [role="tab"].selected { color: #0f766e; } /* 5.5 : 1 on white */
 .dark .gradio-container [role="tab"].selected, .dark [role="tab"].selected { color: #5eead4; }
-.gradio-container td, .gradio-container td *, .gradio-container th {
-  font-family: var(--font) !important; }
+#many-table *, #classify-answer * { font-family: var(--font) !important; }
 .gradio-container .prose h1 { margin: 0.2rem 0 0.1rem; font-size: 1.6rem; }
 .dark { color-scheme: dark; } /* scroll bars and pickers that the browser draws */
 .lead p { color: var(--body-text-color-subdued); margin: 0; max-width: 46rem; }
@@ -35,6 +34,9 @@ table.grid { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 table.grid th, table.grid td { text-align: left; padding: 0.45rem 0.6rem !important;
   vertical-align: top; min-width: 8.5rem; border: 0 !important;
   border-bottom: 1px solid rgba(128, 140, 160, 0.35) !important; }
+table.grid.even { table-layout: fixed; }
+table.grid caption { text-align: left; font-weight: 600; padding: 0.4rem 0.6rem; }
+table.grid td { overflow-wrap: anywhere; }
 table.grid, table.grid thead, table.grid tbody, table.grid tr { border: 0 !important; }
 table.grid small { color: var(--body-text-color-subdued); display: block; font-weight: 400; }
 table.grid td.changed { background: rgba(var(--against), 0.22); }
@@ -45,6 +47,7 @@ table.grid td.changed { background: rgba(var(--against), 0.22); }
   .gradio-container .prose h1 { font-size: 1.3rem; }
   /* A table wider than a telephone becomes one block a row, each cell under its column's name. */
   table.grid thead { display: none; }
+  table.grid caption { display: block; }
   table.grid tr { display: block; margin-bottom: 0.8rem; }
   table.grid th, table.grid td { display: block; }
   table.grid td[data-name]::before { content: attr(data-name); display: block; font-size: 0.8rem;

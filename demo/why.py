@@ -114,9 +114,9 @@ def coloured(text: str, found: Explanation) -> str:
     return f'<div class="words">{"".join(parts)}</div>'
 
 
-def ranking(text: str, found: Explanation, most: int = 8) -> list[list[str | float]]:
+def ranking(text: str, found: Explanation, most: int = 8) -> list[list[str]]:
     """The heaviest words: [word, weight, the label's probability without it, answer without it]."""
     heavy = sorted(found.pieces, key=lambda piece: -abs(piece.weight))[:most]
     return [
-        [text[p.start : p.end], round(p.weight, 2), f"{p.without:.0%}", p.answer] for p in heavy
+        [text[p.start : p.end], f"{p.weight:+.2f}", f"{p.without:.0%}", p.answer] for p in heavy
     ]

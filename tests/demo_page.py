@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,48 @@ def served_page(
         yield address, room
     finally:
         page.close()
+
+
+@contextmanager
+def proxy(target: str, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """A reverse proxy that shows `target` under a path, as nginx's proxy_pass with a slash does."""
+    host, port = target.removeprefix("http://").rstrip("/").split(":")
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def forward(self) -> None:
+            seen.append(self.path)
+            if not self.path.startswith(prefix + "/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            inner = http.client.HTTPConnection(host, int(port), timeout=120)
+            headers = {**self.headers, "Connection": "close"}
+            inner.request(self.command, self.path.removeprefix(prefix), body, headers)
+            answer = inner.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            while part := answer.read1(65536):
+                self.wfile.write(part)
+                self.wfile.flush()
+            inner.close()
+
+        do_GET = do_POST = forward  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}/", seen
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def browser(profile: Path, width: int = 1200, height: int = 900, dark: bool = False) -> Any:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 SHIPPED = "shipped:"  # before the name, in `--init`
 FILE = "soft_prompts.safetensors"
 _START = "_start"
-# Where nothing better is known. Three classes and words of degree: of the questions that ship it
-# is the one whose prompt says least about the topic of a text.
-_FALLBACKS = ("tone:negative,neutral,positive", "polarity:negative,positive")
 
 
 def name_of(key: str) -> str:
@@ -54,19 +51,6 @@ def shipped_starts(folder: Path) -> dict[str, Path]:
     """The starts that MetaPT or PPT found for this backbone: name (`metapt`) -> prompt folder."""
     folders = sorted(folder.glob("*" + _START)) if folder.is_dir() else []
     return {f.name.removesuffix(_START): f for f in folders if (f / WEIGHTS).is_file()}
-
-
-def best_start(folder: Path) -> str:
-    """The `--init` for a new task of which nothing is known: the best start that ships.
-
-    A meta-learned one where the backbone has it, otherwise a jointly trained prompt, otherwise
-    `vocab`.
-    """
-    starts = shipped_starts(folder)
-    if "metapt" in starts:
-        return SHIPPED + "metapt"
-    names = shipped_names(folder)
-    return next((SHIPPED + name for name in _FALLBACKS if name in names), "vocab")
 
 
 def load_shipped(backbone: Backbone, name: str, mode: str = "prefix") -> Prompt:

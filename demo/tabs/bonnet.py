@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from demo.html import size
+from demo.html import grid, size
 from demo.state import Room
 from serve.errors import Failure
 from serve.files import read_json
@@ -22,6 +22,14 @@ _CURVES = {
     "validation_loss": "Held-out loss",
     "loss": "Training loss",
 }
+
+
+_METHODS = {
+    "tune": "tuned on samples", "metapt": "MetaPT, a start", "ppt": "PPT, a start",
+    "shipped": "trained with the backbone", "start": "trained with the backbone, a start",
+}  # fmt: skip
+_TASKS = ["Prompt", "Made by", "Labels", "Label words", "Size", "Held-out accuracy"]
+_WORDS = ["Prompt token", "Nearest words (cosine)"]
 
 
 def read_bonnet(folder: Path) -> dict[str, Any]:
@@ -69,11 +77,14 @@ def task_rows(room: Room) -> list[list[str]]:
     for name, task in room.bundled.items():
         figures = task.info.get("figures") or {}
         accuracy = figures.get("validation_accuracy")
+        same = task.words == task.labels
+        method = str(task.info.get("method") or "")
         rows.append(
             [
-                name, str(task.info.get("method") or ""), ", ".join(task.labels),
-                ", ".join(task.words), size(room.prompt_bytes(task)),
-                "" if accuracy is None else f"{accuracy:.0%}",
+                name, _METHODS.get(method, method),
+                ", ".join(task.labels), "the labels" if same else ", ".join(task.words),
+                size(room.prompt_bytes(task)),
+                "not measured" if accuracy is None else f"{accuracy:.0%}",
             ]
         )  # fmt: skip
     return rows
@@ -94,17 +105,13 @@ def build(room: Room) -> None:
     """Build the tab in the Blocks that is open."""
     bundle = room.classifier.bundle
     found = read_bonnet(bundle.folder)
-    gr.Dataframe(
-        task_rows(room), label="The prompts of this bundle", interactive=False, wrap=True,
-        headers=["Prompt", "Made by", "Labels", "Label words", "Size", "Held-out accuracy"],
-        elem_id="bonnet-tasks",
-    )  # fmt: skip
-    if not found:
+    gr.HTML(grid(_TASKS, task_rows(room), "The prompts of this bundle"), elem_id="bonnet-tasks")
+    if not found.get("map"):
         gr.Markdown(
-            "This bundle carries no training record (`bonnet.json`); the quick start writes one.",
-            elem_id="bonnet-none",
-        )
-        return
+            "This bundle carries no map of the clusters that MetaPT saw. The quick start makes a "
+            "bundle that does: `python -m trainer quickstart`, and then `python -m demo`.",
+            elem_id="bonnet-none", elem_classes="lead",
+        )  # fmt: skip
     if found.get("map"):
         gr.ScatterPlot(
             map_table(found["map"]), x="x", y="y", color="cluster", height=460,
@@ -131,12 +138,8 @@ def build(room: Room) -> None:
         prompt = gr.Dropdown(
             names, value=names[0], label="Nearest words of a prompt", elem_id="bonnet-prompt"
         )
-        table = gr.Dataframe(
-            word_rows(words[names[0]]), headers=["Prompt token", "Nearest words (cosine)"],
-            column_widths=["15%", "85%"], interactive=False, wrap=True, elem_id="bonnet-words",
-            label="Nearest words",
-        )  # fmt: skip
+        table = gr.HTML(grid(_WORDS, word_rows(words[names[0]])), elem_id="bonnet-words")
         prompt.change(
-            lambda name: word_rows(words[name]), prompt, table,
+            lambda name: grid(_WORDS, word_rows(words[name])), prompt, table,
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip

@@ -20,6 +20,8 @@ PAGE = 50  # rows shown at a time: the browser never holds the whole table
 _CHUNK = 256  # texts between two steps of the progress bar
 _ALL = "all labels"
 _HEADERS = ["row", "text", "label", "confidence"]
+_COLOURS = ["#0d9488", "#d97706", "#6366f1", "#db2777", "#65a30d", "#0284c7", "#9333ea", "#ca8a04",
+            "#64748b", "#dc2626"]  # fmt: skip
 _SHOWN = 300  # characters of a text in the table; the download has all
 
 
@@ -103,7 +105,7 @@ def build(room: Room) -> ManyTab:
             )  # fmt: skip
             file = gr.File(
                 label="Or a file", file_types=[".csv", ".tsv", ".txt"], elem_id="many-file",
-                height=110,
+                height=140,
             )  # fmt: skip
             column = gr.Dropdown(label="Column of the texts", visible=False, elem_id="many-column")
             wrong = problem("many-problem")
@@ -141,9 +143,9 @@ def build(room: Room) -> ManyTab:
             column_widths=["13%", "43%", "26%", "18%"], label="Answers",
         )  # fmt: skip
         with gr.Row(equal_height=True):
-            back = gr.Button("Previous page", size="sm", elem_id="many-back")
+            back = gr.Button("Back", size="sm", elem_id="many-back", scale=0, min_width=90)
             where = gr.Markdown(elem_id="many-where", elem_classes="quiet")
-            on = gr.Button("Next page", size="sm", elem_id="many-next")
+            on = gr.Button("Next", size="sm", elem_id="many-next", scale=0, min_width=90)
     page = gr.State(1)
 
     def columns(path: str | None) -> tuple[Any, Any]:
@@ -183,13 +185,15 @@ def build(room: Room) -> ManyTab:
                     continue
                 counts, spread = distributions(table)
                 line = f"{done:,} texts in {seconds:.1f} s: {rate:,.0f} a second"
-                labels = [_ALL, *room.task(session, name).labels]
+                labels = room.task(session, name).labels
+                colours = dict(zip(labels, _COLOURS * 9, strict=False))
                 yield (
                     line, table,
                     gr.update(value=counts, visible=True, y_lim=[0, int(counts["rows"].max())]),
-                    gr.update(value=spread, visible=True),
+                    gr.update(value=spread, visible=True, color_map=colours),
                     gr.update(value=write_csv(table, name), visible=True),
-                    gr.update(visible=True), gr.update(choices=labels, value=_ALL), 1, say(None),
+                    gr.update(visible=True), gr.update(choices=[_ALL, *labels], value=_ALL), 1,
+                    say(None),
                 )  # fmt: skip
         except KNOWN as error:
             yield ("", None, hidden, hidden, hidden, hidden, gr.skip(), 1, say(error))

@@ -31,33 +31,23 @@ from demo.teach import (
 from serve.errors import UserError
 
 _REDRAW = 0.7  # seconds between two drawings of the curves, which cost a browser more than a step
-_COLOURS = {"MetaPT start": "#0d9488", "shipped start": "#0d9488",
-            "vocabulary start": "#0d9488", "random start": "#d97706"}  # fmt: skip
-
-
-_TITLES = {"metapt": "MetaPT start", "start": "shipped start", None: "vocabulary start"}
+_COLOURS = {"MetaPT start": "#0d9488", "best shipped start": "#0d9488",
+            "random start": "#d97706"}  # fmt: skip
 
 
 def run_titles(room: Room) -> dict[str, str]:
-    """What the two runs are called, by the start that the bundle carries."""
-    start = room.best_start()
-    return {
-        "best": _TITLES[None if start is None else start.info["method"]],
-        "random": "random start",
-    }
+    """What the two runs are called, by the starts that the bundle carries."""
+    best = "MetaPT start" if room.start("metapt") is not None else "best shipped start"
+    return {"best": best, "random": "random start"}
 
 
 def start_words(room: Room) -> str:
     """The lead's words for the better start."""
-    start = room.best_start()
-    if start is None:
-        return "words of the vocabulary (this bundle carries no start)"
-    if start.info["method"] == "metapt":
+    if room.start("metapt") is not None:
         return "the MetaPT start"
-    shown = ", ".join(plain(label) for label in start.labels)
     return (
-        f"the shipped start (trained with the backbone for “{shown}”; no MetaPT start ships with "
-        "it yet)"
+        "the best start that ships (of this bundle's prompts and a prompt of common words, the one "
+        "that answers your examples best as it is; MetaPT's does not ship yet)"
     )
 
 
@@ -111,9 +101,14 @@ def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> st
                 f"(best at step {figures['best_step']} of {figures['steps']})"
             )
     words = ", ".join(plain(word) for word in lessons.words)
+    start = lessons.starts["best"]
+    began = ""
+    if start.among > 1:
+        name = "common words" if start.name == "words" else f"the prompt of “{plain(start.name)}”"
+        began = f" It began with {name}, the best of {start.among} for these examples."
     return (
         f"Accuracy on the {lessons.held} examples held out: {'; '.join(parts)}. As served by "
-        f"onnxruntime: {served_right} of {lessons.held}. Label words: {words}."
+        f"onnxruntime: {served_right} of {lessons.held}. Label words: {words}.{began}"
     )
 
 
@@ -123,7 +118,7 @@ def build(room: Room) -> TeachTab:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.Markdown(
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
-        "prompt is tuned on two thirds of them and tested on the rest, once from the "
+        "prompt is tuned on two thirds of them and tested on the rest, once from "
         f"{start_words(room)} and once from random numbers. It is served in every tab at once, to "
         "you alone, until you close the page.",
         elem_classes="lead",
@@ -152,7 +147,11 @@ def build(room: Room) -> TeachTab:
                 go = gr.Button("Teach", variant="primary", elem_id="teach-go")
                 cancel = gr.Button("Cancel", elem_id="teach-cancel", interactive=False)
         with gr.Column(scale=1, min_width=300):
-            status = gr.Markdown("Nothing taught yet.", elem_id="teach-status")
+            status = gr.Markdown(
+                "Nothing taught yet. While a prompt learns, its loss and its accuracy on the "
+                "examples held out are drawn here.",
+                elem_id="teach-status",
+            )
             accuracy = gr.LinePlot(
                 x="step", y="accuracy", color="start", color_map=_COLOURS, y_lim=[0, 100],
                 title="Held-out accuracy, %", height=230, elem_id="teach-accuracy", y_title=" ",
@@ -269,9 +268,8 @@ def build(room: Room) -> TeachTab:
         variants = {}
         if "random" in lessons.prompts:
             variants["from-random"] = served(room, lessons.prompts["random"])[1]
-        start = room.best_start()
-        if start is not None:
-            variants[start.info["method"]] = room.classifier.bundle.read_prompt(start)
+        start = lessons.starts["best"]
+        variants["metapt" if start.name == "metapt" else "start-of-lesson"] = start.arrays()
         tries = sample.TRY if lesson.labels == list(sample.EXAMPLES) else lesson.texts[:3]
         taught = room.add(session, lesson.name, record, arrays, variants, tries, visitor)
         held = split(lesson.classes)[1]

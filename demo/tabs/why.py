@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from demo.html import escape, facts
+from demo.html import escape, facts, grid
 from demo.parts import FAST, KNOWN, problem, say, session_of, task_switch
 from demo.samples import samples
 from demo.state import MAX_TEXT, Room
@@ -43,17 +43,13 @@ def build(room: Room) -> WhyTab:
             go = gr.Button("Which words?", variant="primary", elem_id="why-go")
         with gr.Column(scale=3, min_width=320):
             shown = gr.HTML(elem_id="why-words")
-            table = gr.Dataframe(
-                headers=_HEADERS, label="The heaviest words (weights in log-odds)",
-                interactive=False, visible=False, wrap=True, elem_id="why-table",
-                column_widths=["34%", "20%", "22%", "24%"],
-            )  # fmt: skip
+            table = gr.HTML(elem_id="why-table")
 
     def run(value: str, name: str, request: gr.Request) -> tuple[Any, ...]:
         try:
             found = explain(room, session_of(request), value or "", name)
         except KNOWN as error:
-            return "", gr.update(visible=False), say(error)
+            return "", "", say(error)
         label = escape(found.result.label)
         key = (
             f'<p class="key"><span class="for">for {label}</span>'
@@ -66,10 +62,9 @@ def build(room: Room) -> WhyTab:
                 (f"{len(found.pieces) + 1} texts", f"in {times}, {found.milliseconds:.0f} ms"),
             ]
         )
-        rows = ranking(value, found)
         return (
             numbers + coloured(value, found) + key,
-            gr.update(value=rows, visible=True),
+            grid(_HEADERS, ranking(value, found), "The heaviest words, weights in log-odds"),
             say(None),
         )
 

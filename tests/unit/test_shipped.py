@@ -13,7 +13,7 @@ from serve.errors import Failure, UserError
 from trainer.backbone import Backbone, load_backbone
 from trainer.initial import initial_params
 from trainer.prompt import Prompt, TaskRecord, save_prompt
-from trainer.shipped import FILE, best_start, load_shipped, shipped_names, shipped_starts
+from trainer.shipped import FILE, load_shipped, shipped_names, shipped_starts
 
 
 def values(seed: int, tokens: int = 5) -> torch.Tensor:
@@ -69,19 +69,18 @@ def test_an_unknown_name_lists_those_that_there_are(backbone: Backbone, tiny_t5:
         initial_params(load_backbone(str(tiny_t5)), "shipped:stars", "prefix", 4, 0)
 
 
-def test_a_meta_learned_start_is_found_and_preferred(folder: Path, backbone: Backbone) -> None:
-    assert best_start(folder) == "vocab"  # none of the preferred questions is in the file
-    save_file({"tone: negative neutral positive": values(3)}, folder / FILE)
-    assert best_start(folder) == "shipped:tone:negative,neutral,positive"
+def test_a_meta_learned_start_is_found_by_its_folder(folder: Path, backbone: Backbone) -> None:
+    assert shipped_starts(folder) == {}
     start = Prompt(
         {"prompt_embeddings": values(4).float()},
         TaskRecord("metapt", ["a", "b"], ["bad", "good"], method="metapt"),
     )
     save_prompt(start, folder / "metapt_start", backbone)
-    assert list(shipped_starts(folder)) == ["metapt"]
-    assert best_start(folder) == "shipped:metapt"
+    assert shipped_starts(folder) == {"metapt": folder / "metapt_start"}
     params = initial_params(backbone, "shipped:metapt", "prefix", 4, 0)
     assert torch.equal(params["prompt_embeddings"].detach(), values(4).float())
+    with pytest.raises(UserError, match="there are metapt polarity:bad,good"):
+        initial_params(backbone, "shipped:ppt", "prefix", 4, 0)
 
 
 def test_damage_and_a_wrong_width_are_told(folder: Path, backbone: Backbone) -> None:
