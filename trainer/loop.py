@@ -174,7 +174,8 @@ class Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = schedule.rate * schedule.factor(state.step)
                 self.optimizer.zero_grad(set_to_none=True)
-                measured = self.gradient(state.step)
+                with workers().autocast():
+                    measured = self.gradient(state.step)
                 if not math.isfinite(measured["loss"]):
                     raise Failure(
                         f"the loss is {measured['loss']} at step {state.step}: lower the learning "
@@ -217,7 +218,8 @@ class Loop:
 
     def _evaluate(self, measured: dict[str, float], bar: tqdm[Any]) -> None:
         state = self.state
-        score = self.evaluate()
+        with workers().autocast():
+            score = self.evaluate()
         # A loss that creeps down by less than a thousandth is no reason to go on.
         improved = score.loss < 0.999 * state.lowest_loss or (
             state.best is None or score.accuracy > state.highest_accuracy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from trainer.backbone import load_backbone
 
@@ -42,14 +45,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def backbone(data: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+LAUNCH = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+
+
+def backbone(
+    data: Path, folder: Path, *flags: str, through: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-m", "trainer", "backbone", "--data-dir", str(data),
+        sys.executable, *through, "-m", "trainer", "backbone", "--data-dir", str(data),
         "--labelled", str(data / "recipe.toml"), "--shards", str(folder / "shards"),
         "--out", str(folder / "tiny"), "--width", "32", "--heads", "4", "--layers", "2",
         "--feed-forward", "64", "--vocab-size", "500", "--batch-tokens", "200", *flags,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
 
 
 def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
@@ -69,6 +82,22 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
     assert more.returncode == 0, more.stderr
     with safe_open(tmp_path / "tiny.run" / "state.safetensors", "pt") as file:
         assert '"step": 5' in file.metadata()["progress"]
+
+
+def test_launched_processes_take_the_steps_of_forked_ones(data: Path, tmp_path: Path) -> None:
+    states = []
+    for name, through in (("forked", ()), ("launched", LAUNCH)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for flags in (["--steps", "2"], ["--steps", "4", "--resume"]):
+            done = backbone(data, folder, *flags, "--workers", "2", through=through)
+            assert done.returncode == 0, done.stderr
+            assert ("2 processes of accelerate" in done.stderr) == bool(through)
+        states.append(load_file(folder / "tiny.run" / "state.safetensors"))
+    assert states[0].keys() == states[1].keys()
+    for key in states[0]:
+        if key.startswith("model."):
+            torch.testing.assert_close(states[1][key], states[0][key], atol=1e-5, rtol=1e-4)
 
 
 def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:

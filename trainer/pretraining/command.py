@@ -16,6 +16,7 @@ from transformers import T5ForConditionalGeneration
 from serve.cli import as_json, option
 from serve.errors import UserError
 from serve.files import write_json
+from trainer.parallel import workers as processes
 from trainer.pretraining.convert import convert
 from trainer.pretraining.evaluate import Probe, read_probes, track
 from trainer.pretraining.losses import Auxiliary
@@ -78,7 +79,7 @@ class BackboneConfig:
                          minimum=0.0)  # fmt: skip
     seed: int = option(1, help="of initialisation and data order")
     workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
-                          "1 on a GPU", minimum=1)  # fmt: skip
+                          "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
     checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)
     probes: list[str] = option([], help="held-out sets (file names without .parquet in --data-dir) "
                                "whose accuracy is logged every ten minutes")  # fmt: skip
@@ -93,13 +94,15 @@ class BackboneConfig:
 def run_backbone(config: BackboneConfig) -> None:
     """Prepare, convert, train, save; see `BackboneConfig`."""
     shards, out = Path(config.shards), Path(config.out)
-    if config.prepare or not (shards / "pools.json").is_file():
+    team = processes()
+    if team.main and (config.prepare or not (shards / "pools.json").is_file()):
         _prepare(config, shards)
-        if config.prepare:
-            return
+    team.wait()  # for the shards
+    if config.prepare:
+        return
     tokenizer = load_tokenizer(shards)
     pools = load_pools(shards)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = team.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = None if config.teacher == "none" else load_teacher(Path(config.teacher), tokenizer)
     mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed)
     run = out.with_name(out.name + ".run")
@@ -120,8 +123,11 @@ def run_backbone(config: BackboneConfig) -> None:
     else:
         teacher.to(device)
     probes = read_probes(Path(config.data_dir), config.probes) if config.probes else []
-    write_json(run / "run.json", {"command": "backbone", "config": as_json(config)})
+    if team.main:
+        write_json(run / "run.json", {"command": "backbone", "config": as_json(config)})
     _train(config, t5, auxiliary, mixture, teacher, schedule, run, probes)
+    if not team.main:
+        return
     save_backbone(model.float(), tokenizer, out, _card(config))
     save_prompts(mixture.tasks, auxiliary.prompts.detach().cpu(), out / "soft_prompts.safetensors")
 
@@ -133,7 +139,7 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
     if workers > 1:
         torch.set_num_threads(1)
     with tqdm(total=1.0, desc="backbone", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
-              mininterval=1.0) as bar:  # fmt: skip
+              mininterval=1.0, disable=not processes().main) as bar:  # fmt: skip
 
         def report(progress: Progress, averages: dict[str, float]) -> None:
             done = schedule.done(progress)

@@ -1,4 +1,4 @@
-"""Data-parallel training on CPU: processes of one thread each, meeting once a step.
+"""Data-parallel training: processes forked here on a CPU, or those of `accelerate launch`.
 
 On a machine shared with other work, threads that meet in every matrix product wait for the slower
 one all the time; processes that meet once a step do not. Weights lie in shared memory; every
@@ -9,17 +9,83 @@ mean and the optimizer's step. Sums are taken in a fixed order, so a run repeats
 import multiprocessing as mp
 from collections.abc import Callable, Sequence
 from threading import BrokenBarrierError
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from serve.errors import Failure
+from trainer.parallel import workers as launched
 
 METRICS = 5  # numbers that a process hands back each step
 _WAIT = 600.0  # seconds after which a process that does not answer counts as dead
 
 # compute(rank, step, done) -> metrics, after gradients were added to the parameters' .grad
 Compute = Callable[[int, int, float], Sequence[float]]
+
+
+class Team(Protocol):
+    """Processes that share the work of a step; the main one writes and reports."""
+
+    count: int
+    main: bool
+
+    def step(self, step: int, done: float) -> Tensor:
+        """Leave the mean gradient in `.grad`; returns the metrics [count, METRICS]."""
+
+    def agree(self, seconds: float) -> float:
+        """The main process's measurement, in all of them."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+def make_team(modules: Sequence[nn.Module], compute: Compute, count: int) -> Team:
+    """Processes that `accelerate launch` started, or `count` that are forked here."""
+    return Launched(modules, compute) if launched().count > 1 else Workers(modules, compute, count)
+
+
+class Launched:
+    """The processes of `accelerate launch`: each has the weights, and takes every step itself."""
+
+    def __init__(self, modules: Sequence[nn.Module], compute: Compute) -> None:
+        self.processes, self.compute = launched(), compute
+        self.count, self.main = self.processes.count, self.processes.main
+        self.gradients = flat_gradients(parameters_of(modules))
+
+    def step(self, step: int, done: float) -> Tensor:
+        """See `Team`. Raises Failure if a process died."""
+        self.gradients.zero_()
+        metrics = torch.zeros(self.count, METRICS, dtype=torch.float64)
+        rank = self.processes.rank
+        metrics[rank] = torch.tensor(list(self.compute(rank, step, done)))
+        self.gradients.copy_(self.processes.sum(self.gradients) / self.count)
+        return self.processes.sum(metrics.to(self.gradients.device)).cpu()
+
+    def agree(self, seconds: float) -> float:
+        """See `Team`: clocks differ, and the schedule must not."""
+        return self.processes.sum_values({"seconds": seconds if self.main else 0.0})["seconds"]
+
+    def close(self) -> None:
+        """Wait for the slowest."""
+        self.processes.wait()
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of modules, each once."""
+    return list(dict.fromkeys(p for m in modules for p in m.parameters()))
+
+
+def flat_gradients(parameters: Sequence[nn.Parameter], buffer: Tensor | None = None) -> Tensor:
+    """One vector (new without `buffer`) that holds all gradients: `.grad` are views of it."""
+    if buffer is None:
+        buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    place = 0
+    for parameter in parameters:
+        size = parameter.numel()
+        parameter.grad = buffer[place : place + size].view_as(parameter)
+        place += size
+    return buffer
 
 
 class Workers:
@@ -30,8 +96,8 @@ class Workers:
     """
 
     def __init__(self, modules: Sequence[nn.Module], compute: Compute, count: int) -> None:
-        self.parameters = list(dict.fromkeys(p for m in modules for p in m.parameters()))
-        self.compute, self.count = compute, count
+        self.parameters = parameters_of(modules)
+        self.compute, self.count, self.main = compute, count, True
         total = sum(p.numel() for p in self.parameters)
         device = self.parameters[0].device
         self.gradients = torch.zeros(count, total, device=device)
@@ -52,11 +118,11 @@ class Workers:
         self._attach(0)
 
     def _attach(self, rank: int) -> None:
-        place = 0
-        for parameter in self.parameters:
-            size = parameter.numel()
-            parameter.grad = self.gradients[rank, place : place + size].view_as(parameter)
-            place += size
+        flat_gradients(self.parameters, self.gradients[rank])
+
+    def agree(self, seconds: float) -> float:
+        """See `Team`: only this process keeps time."""
+        return seconds
 
     def _serve(self, rank: int) -> None:
         torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer.parallel import workers as launched
 from trainer.pretraining.losses import Auxiliary, batch_loss
 from trainer.pretraining.mixture import Batch, Mixture, SoftTask
-from trainer.pretraining.parallel import Workers
+from trainer.pretraining.parallel import make_team
 from trainer.pretraining.state import Progress, load_state, save_state
 from trainer.pretraining.teacher import Teacher
 from trainer.t5 import FrozenT5
@@ -36,9 +38,9 @@ class Schedule:
     rate: float = 2e-4
     fresh: float = 5.0
     prompt: float = 1e-2
-    warmup: int = 100
+    warmup: int = 150
     fresh_warmup: int = 20
-    first: float = 0.06
+    first: float = 0.15
     steps: int | None = None
     minutes: float | None = None
     clip: float = 1.0
@@ -111,6 +113,8 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
     Writes `state.safetensors` every `checkpoint_seconds` and `log.jsonl` to `folder`.
     """
     device = t5.model.device
+    count = launched().count if launched().count > 1 else workers
+    half = device.type == "cuda" or launched().precision == "bf16"
     modules: dict[str, nn.Module] = {"model": t5.model, "auxiliary": auxiliary}
 
     def compute(rank: int, step: int, done: float) -> list[float]:
@@ -118,8 +122,8 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
         shares = dict(FIRST if early else LATER)
         if teacher is None:
             shares.pop("distil")
-        batch = to_device(mixture.batch(step * workers + rank, shares), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        batch = to_device(mixture.batch(step * count + rank, shares), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             result = batch_loss(t5, auxiliary, batch, teacher, schedule.aux_weight,
                                 schedule.distil_weight * (1.0 if early else 0.5))  # fmt: skip
         result.loss.backward()
@@ -130,10 +134,10 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
     optimizer = make_optimizer(t5, auxiliary, schedule)
     path = folder / "state.safetensors"
     progress = load_state(path, modules, optimizer) if resume else Progress()
-    team = Workers(list(modules.values()), compute, workers)
+    team = make_team(list(modules.values()), compute, workers)
     last_save = last_track = time.monotonic()
     averages: dict[str, float] = {}
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+    with Path(folder / "log.jsonl" if team.main else os.devnull).open("a", encoding="utf-8") as log:
         while schedule.done(progress) < 1 and progress.step != stop_after:
             start = time.monotonic()
             for group in optimizer.param_groups:
@@ -143,9 +147,11 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
                 torch.nn.utils.clip_grad_norm_(group["params"], schedule.clip)
             optimizer.step()
             progress.step += 1
-            progress.seconds += time.monotonic() - start
+            progress.seconds += team.agree(time.monotonic() - start)
             progress.tokens += int(metrics[:, -1].sum())
             _average(averages, metrics)
+            if not team.main:
+                continue
             if report is not None:
                 report(progress, averages)
             if progress.step % 20 == 0:
@@ -164,8 +170,9 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
             if track is not None and now - last_track > track_seconds:
                 track(progress)
                 last_track = time.monotonic()
+    if team.main:
+        save_state(path, modules, optimizer, progress)
     team.close()
-    save_state(path, modules, optimizer, progress)
     return progress
 
 
