@@ -2,7 +2,7 @@
 
     python -m benchmarks.http_load BUNDLE --threads 2 --seconds 10 --rounds 3
 
-1. Equal answers first: every text's probabilities over HTTP and in process, within 1e-3.
+1. Equal answers first: every text's probabilities over HTTP and in process, in fp32 within 1e-3.
 2. Throughput, both sides in turn, `--rounds` times; the median of each counts. In process:
    `Classifier.classify` over the texts in one call after another, its best case (length-sorted
    batches). HTTP: `--clients` connections, one text a request, each sends when it has its answer.
@@ -87,14 +87,16 @@ def in_process(
 
 
 def worst_difference(sample: Sample, classifier: Classifier, texts: list[str], task: str) -> float:
-    """The largest difference of a probability over HTTP from the same in process."""
+    """The largest difference of a probability over HTTP from the same in process. In int8 the
+    activations of a whole batch share one scale, so an answer depends a little on its company, and
+    the difference is reported only; in fp32 it must be rounding."""
     wanted = classifier.classify(texts, task)
     worst = 0.0
     for index, body in sample.bodies.items():
         result = json.loads(body)["results"][0]
         for label, value in wanted[index].probabilities.items():
             worst = max(worst, abs(result["probabilities"][label] - value))
-    if len(sample.bodies) < len(texts) or worst > 1e-3:
+    if len(sample.bodies) < len(texts) or (classifier.precision == "fp32" and worst > 1e-3):
         raise SystemExit(f"answers differ: {len(sample.bodies)} texts, difference {worst}")
     return worst
 

@@ -30,7 +30,6 @@ from serve.tokenize import Encoded
 log = logging.getLogger(__name__)
 
 _WINDOW = 4  # times `max_rows`: how many of the oldest texts are looked at for a batch
-_SLACK = 64  # padded tokens that a batch may waste however few it has; a run costs more than them
 
 
 class QueueFull(Exception):
@@ -106,6 +105,7 @@ class Batcher:
         max_wait: float,
         max_queue: int,
         deadline: float,
+        run_cost: int = 24,
         workers: int = 1,
         observer: Observer | None = None,
     ) -> None:
@@ -115,13 +115,14 @@ class Batcher:
         max_wait: seconds that the oldest text waits for others that are likely.
         max_queue: texts that may wait.
         deadline: seconds from `admit` to the answer.
+        run_cost: what a run costs besides its tokens, in tokens.
         workers: batches that run at the same time.
         observer: is told about batches and waiting times.
         """
         self._run = run
         self._token_budget, self._max_rows, self._max_tasks = token_budget, max_rows, max_tasks
         self._max_wait, self._max_queue, self._deadline = max_wait, max_queue, deadline
-        self._workers = workers
+        self._run_cost, self._workers = run_cost, workers
         self._observer = observer
         self._rows: dict[int, _Row] = {}  # oldest first
         self._tokens = 0  # of the rows, without padding
@@ -277,16 +278,18 @@ class Batcher:
                 continue
 
     def _pick(self) -> list[_Row]:
-        """Take the oldest text, and of those that wait the ones nearest to it in length, as long
-        as the batch stays within its bounds and little of it is padding."""
+        """Take the oldest text and those that wait nearest to it in length, as many as make a
+        token cheapest: padding is run as well, but so is what every run costs however short it is.
+        """
         numbers = list(itertools.islice(self._rows, self._max_rows * _WINDOW))
         oldest = numbers[0]
         numbers.sort(key=lambda n: len(self._rows[n].encoded.ids))
         low = high = numbers.index(oldest)
         first = self._rows[oldest].encoded
-        useful = shortest = longest = len(first.ids)
+        useful = longest = len(first.ids)
         chosen = [oldest]
         tasks = {id(first.task)}
+        count, best = 1, useful / (longest + self._run_cost)
         while len(chosen) < self._max_rows:
             below = self._length(numbers, low - 1)
             above = self._length(numbers, high + 1)
@@ -298,14 +301,9 @@ class Batcher:
             else:
                 high, number, size = high + 1, numbers[high + 1], above
             grown = max(longest, size)
-            shortest = min(shortest, size)
             padded = (len(chosen) + 1) * grown
-            waste = padded - useful - size
-            if (
-                padded > self._token_budget
-                or waste > useful // 3 + _SLACK
-                or grown > 2 * shortest + _SLACK // 2
-            ):
+            dearer = padded - len(chosen) * longest > size + self._run_cost  # than a run of its own
+            if padded > self._token_budget or dearer:
                 break
             task = id(self._rows[number].encoded.task)
             if task not in tasks and len(tasks) == self._max_tasks:
@@ -314,6 +312,10 @@ class Batcher:
             chosen.append(number)
             useful += size
             longest = grown
+            share = useful / (padded + self._run_cost)
+            if share >= best:
+                count, best = len(chosen), share
+        del chosen[count:]
         now = perf_counter()
         batch = [self._rows.pop(number) for number in chosen]
         for row in batch:

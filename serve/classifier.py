@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 _LARGE = 16 * MIB  # of attention scores; a batch beyond it gives its memory back
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
+_RUN_COST = {"cpu": 16, "cuda": 2048}  # besides its tokens, in tokens; for a GPU an estimate
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
 
@@ -127,6 +128,7 @@ class Classifier:
             first_slots=max(1, len(self.tasks)),
         )
         self.max_tasks = self.bank.capacity  # of one batch
+        self.run_cost = _RUN_COST[self._engine.device]
         log.info(
             "bank: %.2f MiB for each task, %d tasks fit",
             self.bank.slot_bytes / MIB, self.bank.capacity,
@@ -301,12 +303,9 @@ class Classifier:
                 feed[name] = on_device(value, self._engine.device)
             large = self._scores_bytes(len(batch), longest) > _LARGE
             logits = self._engine.run(feed, give_back=large)[0].astype(np.float32)
-        result = np.empty_like(logits)
-        result[list(order)] = logits
-        return result
+        return logits[np.argsort(order)]
 
     def _scores_bytes(self, rows: int, length: int) -> int:
-        """The attention scores of a layer, which take most of the memory of long texts."""
         before = self.bundle.prompt_tokens
         queries = length + (before if self.bundle.mode == "full" else 0)
         return 4 * self.bundle.size("num_heads") * rows * queries * (before + length)

@@ -86,6 +86,7 @@ class App:
             max_wait=limits.max_wait,
             max_queue=limits.max_queue,
             deadline=limits.deadline,
+            run_cost=classifier.run_cost,
             workers=limits.workers,
             observer=self.metrics,
         )

@@ -144,13 +144,32 @@ def test_texts_of_like_length_share_a_batch() -> None:
         fake.gate.clear()
         busy = send(batcher, rows(1))
         await settle()
-        mixed = send(batcher, rows(300, 4, 290, 5, 310))
+        mixed = send(batcher, rows(300, 4, 299, 5, 301))
         fake.gate.set()
         await asyncio.gather(busy, mixed)
         sizes = [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]]
-        assert sizes == [[290, 300, 310], [4, 5]]
+        assert sizes == [[299, 300, 301], [4, 5]]
 
     run(story, token_budget=10_000)
+
+
+@pytest.mark.parametrize(("cost", "sizes"), [(1, [[10, 10], [12, 12]]), (100, [[10, 10, 12, 12]])])
+def test_padding_is_run_where_a_run_of_its_own_costs_more(
+    cost: int, sizes: list[list[int]]
+) -> None:
+    """Two texts of 10 tokens and two of 12, in one run or in two: 48 tokens and one run's cost,
+    or 44 tokens and two."""
+
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        mixed = send(batcher, rows(10, 12, 10, 12))
+        fake.gate.set()
+        await asyncio.gather(busy, mixed)
+        assert [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]] == sizes
+
+    run(story, run_cost=cost)
 
 
 def test_the_queue_is_bounded_in_texts() -> None:
