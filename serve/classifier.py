@@ -267,7 +267,8 @@ class Classifier:
         tasks = {name: self.task(name) for name in dict.fromkeys(names)}
         encoded = self.encoder.encode(texts, [tasks[name] for name in names]) if texts else []
         results: list[Result | None] = [None] * len(texts)
-        for rows in plan(encoded, self.token_budget, self.max_rows, self.max_tasks):
+        bounds = self.token_budget, self.max_rows, self.max_tasks, self.run_cost
+        for rows in plan(encoded, *bounds):
             for row, result in zip(rows, self.run([encoded[i] for i in rows]), strict=True):
                 results[row] = result
         return [result for result in results if result is not None]

@@ -9,15 +9,21 @@ from serve.tokenize import Encoded
 
 
 def plan(
-    encoded: Sequence[Encoded], token_budget: int, max_rows: int, max_tasks: int
+    encoded: Sequence[Encoded],
+    token_budget: int,
+    max_rows: int,
+    max_tasks: int,
+    run_cost: int,
 ) -> list[list[int]]:
-    """Split texts into batches whose padded size, rows x longest row, is within the budget.
+    """Split texts into batches whose padded size, rows x longest row, is within the budget, and
+    whose padding costs no more than one more run would.
 
     Args:
         encoded: the texts.
         token_budget: padded tokens of a batch; a longer text runs alone.
         max_rows: rows of a batch.
         max_tasks: different tasks of a batch.
+        run_cost: what a run costs besides its tokens, in tokens.
 
     Returns:
         Positions in `encoded`, each once: the longest texts first, so that memory peaks at once
@@ -25,21 +31,23 @@ def plan(
     """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
     batches: list[list[int]] = []
-    longest, tasks = 0, set[int]()
+    longest, padding, tasks = 0, 0, set[int]()
     for index in order:
         item = encoded[index]
         grown = len(batches[-1]) + 1 if batches else 1
+        padding += longest - len(item.ids)
         fits = (
             bool(batches)
             and grown <= max_rows
             and grown * longest <= token_budget
+            and padding <= run_cost
             and (id(item.task) in tasks or len(tasks) < max_tasks)
         )
         if fits:
             batches[-1].append(index)
         else:
             batches.append([index])
-            longest, tasks = len(item.ids), set()
+            longest, padding, tasks = len(item.ids), 0, set()
         tasks.add(id(item.task))
     return batches
 

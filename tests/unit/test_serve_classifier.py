@@ -182,7 +182,7 @@ def test_plan_respects_budget_rows_and_tasks(folder: Path) -> None:
     rng = np.random.default_rng(3)
     tasks = [bundle.list_tasks(folder)["film"] for _ in range(7)]  # seven objects
     rows = [row(int(rng.integers(1, 50)), tasks[rng.integers(7)]) for _ in range(300)]
-    batches = plan(rows, token_budget=200, max_rows=12, max_tasks=3)
+    batches = plan(rows, token_budget=200, max_rows=12, max_tasks=3, run_cost=16)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     for batch in batches:
         assert len(batch) * max(len(rows[i].ids) for i in batch) <= 200
@@ -191,7 +191,15 @@ def test_plan_respects_budget_rows_and_tasks(folder: Path) -> None:
 
 def test_plan_runs_a_text_over_the_budget_alone(folder: Path) -> None:
     task = bundle.list_tasks(folder)["film"]
-    assert plan([row(500, task), row(3, task), row(2, task)], 100, 64, 9) == [[0], [1, 2]]
+    assert plan([row(500, task), row(3, task), row(2, task)], 100, 64, 9, 16) == [[0], [1, 2]]
+
+
+def test_plan_pads_as_long_as_it_costs_less_than_another_run(folder: Path) -> None:
+    task = bundle.list_tasks(folder)["film"]
+    rows = [row(length, task) for length in (10, 40, 9, 39, 38, 10)]
+    assert plan(rows, 1000, 64, 9, 3) == [[1, 3, 4], [0, 5, 2]]  # 1 + 2 and 0 + 1 padded
+    assert plan(rows, 1000, 64, 9, 2) == [[1, 3], [4], [0, 5, 2]]
+    assert plan(rows, 1000, 64, 9, 1000) == [[1, 3, 4, 0, 5, 2]]
 
 
 # ---- the bank ------------------------------------------------------------------------------------
