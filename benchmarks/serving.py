@@ -55,15 +55,18 @@ SQUARE = 2048
 Side = Callable[[], Any]
 
 
-def prepare(geometry: str, work: Path) -> Backbone:
-    """The backbone, its prompts and the two bundles under `work`, made where they are missing."""
+def prepare(geometry: str, work: Path, peft: bool = True) -> Backbone:
+    """The backbone, its prompts and the two bundles under `work`, made where they are missing;
+    without `peft` only what mode `prefix` needs."""
+    work.mkdir(parents=True, exist_ok=True)
     if geometry != "mini" and not (work / "t5").is_dir():
         write_random_t5(work / "t5", geometry, backbone_folder("mini"))
     backbone = load_backbone("mini" if geometry == "mini" else str(work / "t5"))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 16000, (TASKS, TOKENS), generator=generator)
     vectors = backbone.t5.model.shared.weight[rows]
-    for mode, count, precisions in (("prefix", TASKS, ("fp32", "int8")), ("full", 1, ("fp32",))):
+    kinds = [("prefix", TASKS, ("fp32", "int8")), ("full", 1, ("fp32",))]
+    for mode, count, precisions in kinds if peft else kinds[:1]:
         prompts = [
             Prompt({"prompt_embeddings": vectors[i].clone()},
                    TaskRecord(f"task{i}", ["p", "n"], WORDS, mode=mode))
@@ -194,7 +197,6 @@ def prove(
     columns: list[int],
 ) -> dict[str, float]:
     """The largest differences of logits between sides that must agree; see the module's text."""
-    full, peft = sides["full fp32"](), sides["peft"]()
     expected = np.stack(
         [
             reference(backbone, "prefix", Slot(prompts[i % TASKS], columns), row)
@@ -202,10 +204,11 @@ def prove(
         ]
     )
     mixed = sides[f"prefix fp32, {TASKS} tasks"]()
-    return {
-        "peft against full": float(np.abs(peft - full).max()),
-        "prefix against torch": float(np.abs(mixed - expected).max()),
-    }
+    proof = {"prefix against torch": float(np.abs(mixed - expected).max())}
+    if "peft" in sides:
+        gap = np.abs(sides["peft"]() - sides["full fp32"]()).max()
+        proof["peft against full"] = float(gap)
+    return proof
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -215,13 +218,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     clock = time.thread_time if arguments.cpu else time.perf_counter
     torch.set_num_threads(arguments.threads)
     work = Path(arguments.work)
-    work.mkdir(parents=True, exist_ok=True)
-    backbone = prepare(arguments.geometry, work)
+    backbone = prepare(arguments.geometry, work, arguments.peft)
     threads, config = arguments.threads, backbone.t5.model.config
     fp32 = Classifier(work / "prefix", threads=threads)
     int8 = Classifier(work / "prefix", "int8", threads=threads)
-    full = Classifier(work / "full", threads=threads)
-    peft = peft_side(backbone, work)
+    full = Classifier(work / "full", threads=threads) if arguments.peft else None
+    peft = peft_side(backbone, work) if arguments.peft else None
     seq2seq = seq2seq_side(backbone, work, threads) if arguments.seq2seq else None
     products = product_sides(threads)
     columns = next(iter(fp32.tasks.values())).word_ids
@@ -243,10 +245,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             random.integers(3, min(16000, config.vocab_size), (rows, TOKENS + length))
         )
         tensor = torch.from_numpy(ids)
-        sides: dict[str, Side] = {
-            "peft": lambda tensor=tensor: peft(tensor),
-            "full fp32": lambda ids=ids: full.logits(rows_of(full, ids, 1)),
-        }
+        sides: dict[str, Side] = {}
+        if peft is not None and full is not None:
+            sides["peft"] = lambda tensor=tensor: peft(tensor)
+            sides["full fp32"] = lambda ids=ids: full.logits(rows_of(full, ids, 1))
         for name, classifier in (("fp32", fp32), ("int8", int8)):
             for tasks, kind in ((1, "one task"), (TASKS, f"{TASKS} tasks")):
                 batch = rows_of(classifier, ids, tasks)
@@ -286,9 +288,10 @@ def summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         )
         result[name] = {
             "ms": 1e3 * statistics.median(values),
-            "times_faster_than_peft": ratio("peft"),
             "times_the_floor": 1 / ratio("floor"),
         }
+        if "peft" in samples:
+            result[name]["times_faster_than_peft"] = ratio("peft")
         if "seq2seq" in samples:
             result[name]["times_faster_than_seq2seq"] = ratio("seq2seq")
     for name in ("fp32", "int8"):
@@ -302,9 +305,11 @@ def summary(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 def print_table(title: str, shape: dict[str, Any]) -> None:
     """One shape as Markdown."""
     print(f"\n{title}, largest differences: {shape['proof']}\n")
-    columns = {"times_faster_than_peft": "against PEFT", "times_the_floor": "against the floor"}
+    columns = {"times_the_floor": "times the floor"}
+    if "peft" in shape["summary"]:
+        columns["times_faster_than_peft"] = "faster than PEFT"
     if "seq2seq" in shape["summary"]:
-        columns["times_faster_than_seq2seq"] = "against optimum"
+        columns["times_faster_than_seq2seq"] = "faster than optimum"
     print(f"| side | ms | {' | '.join(columns.values())} |\n|---|---|{'---|' * len(columns)}")
     for name, figures in shape["summary"].items():
         cells = [f"{figures[key]:.2f}" for key in columns]
@@ -325,7 +330,13 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="CPU time of one thread, see above")
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{s}" for b, s in SHAPES])
     parser.add_argument("--seq2seq", action="store_true", help="also optimum's model")
+    parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True,
+                        help="PEFT and mode full as well; they take most of the time")  # fmt: skip
+    parser.add_argument("--prepare", action="store_true", help="make the bundles and end")
     arguments = parser.parse_args()
+    if arguments.prepare:
+        prepare(arguments.geometry, Path(arguments.work), arguments.peft)
+        return
     report = measure(arguments)
     Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
