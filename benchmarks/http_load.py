@@ -112,6 +112,29 @@ def figures(sample: Sample) -> dict[str, Any]:
     }
 
 
+def print_tables(report: dict[str, Any]) -> None:
+    """The report as Markdown."""
+    print(
+        f"{report['precision']}, {report['threads']} threads, texts of {report['mean_tokens']} "
+        f"tokens, {report['clients']} clients; largest difference of a probability "
+        f"{report['worst_difference']:.1e}\n"
+    )
+    print("| | texts a second | CPU ms a text |\n|---|---|---|")
+    local, remote = report["in_process_texts_per_second"], report["http_texts_per_second"]
+    print(f"| in process | {local} | {report['in_process_cpu_ms_per_text']} |")
+    print(f"| over HTTP | {remote} ({100 * report['share']:.0f} %) "
+          f"| {report['server_cpu_ms_per_request']} |")  # fmt: skip
+    print(f"| the clients, on the same machine | | {report['client_cpu_ms_per_request']} |\n")
+    print("| load | requests a second | p50 ms | p95 ms | p99 ms | not 200 | lost |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("full_load", "half_load", "one_client"):
+        row = report[name]
+        other = sum(count for status, count in row["statuses"].items() if status != 200)
+        cells = [row["requests_per_second"], row["p50_ms"], row["p95_ms"], row["p99_ms"]]
+        print(f"| {name.replace('_', ' ')} | {' | '.join(map(str, cells))} | {other} "
+              f"| {row['lost']} |")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle")
@@ -167,11 +190,12 @@ def main() -> None:
         report["in_process_cpu_ms_per_text"] = round(1000 * statistics.median(local_cpu), 3)
         report["server_cpu_ms_per_request"] = round(1000 * server_cpu / answered, 3)
         report["client_cpu_ms_per_request"] = round(1000 * client_cpu / answered, 3)
+        report["client_share_of_cpu"] = round(client_cpu / (client_cpu + server_cpu), 3)
         report["full_load"] = figures(remote[-1])
         half = statistics.median(rates) / 2
         report["half_load"] = figures(asyncio.run(open_loop(port, requests, half, args.seconds)))
         report["one_client"] = figures(asyncio.run(closed_loop(port, requests, 1, args.seconds)))
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    print_tables(report)
     if args.out:
         write_json(args.out, report)
 
