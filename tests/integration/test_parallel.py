@@ -48,7 +48,7 @@ def launch(
         filter(None, [os.getcwd(), environment.get("PYTHONPATH")])
     )
     return subprocess.run(
-        argv, capture_output=True, text=True, timeout=300, check=False, env=environment
+        argv, capture_output=True, text=True, timeout=600, check=False, env=environment
     )
 
 

@@ -51,7 +51,6 @@ def staged(out: str) -> Iterator[Place]:
     """
     if not is_url(out):
         with atomic_folder(Path(out).absolute()) as folder:
-            folder.chmod(0o777)  # workers of a cluster may run as others
             yield Place(file_system(str(folder), "--out")[0], str(folder))
         return
     system, path = file_system(out, "--out")
