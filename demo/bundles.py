@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import exporter
 import trainer
+from serve.bundle import VERSION
 from serve.errors import Failure
 from serve.files import read_json, sha256
 
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 
 MINI = Path(trainer.__file__).parent / "backbones" / "mini"  # trainer.backbone would load torch
 QUICKSTART = Path("runs/quickstart/bundle")  # where `python -m trainer quickstart` writes
+GRAPHS = Path(exporter.__file__).parent / "graphs"  # what such a bundle is made of, besides
 _LAYOUT = "2"  # of what demo.first makes; another number makes every cached bundle anew
 
 
@@ -29,10 +32,10 @@ def cached() -> Path:
 
 
 def shipped(backbone: Path = MINI) -> Path:
-    """The folder of the bundle of the prompts that ship, by what these and the backbone hold."""
-    whole = hashlib.sha256(_LAYOUT.encode())
-    for path in sorted(backbone.rglob("*.safetensors")):
-        whole.update(f"{path.relative_to(backbone)} {sha256(path)}".encode())
+    """The folder of the bundle of the prompts that ship, by all that it is made of."""
+    whole = hashlib.sha256(f"{_LAYOUT} {VERSION}".encode())
+    for path in sorted([*backbone.rglob("*.safetensors"), *GRAPHS.rglob("*.*")]):
+        whole.update(f"{path.name} {sha256(path)}".encode())
     return cached() / f"shipped-{whole.hexdigest()[:12]}"
 
 

@@ -1,4 +1,6 @@
-"""The page's head: Gradio's template names its own site and picture to link previews."""
+"""The page's head: Gradio's template names its own site and picture to link previews, and a
+manifest at the root of the host; ours does neither.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import re
 from html import escape
 from typing import Any
 
-_META = re.compile(rb'<meta\s+(?:property|name)="(?:og|twitter):[^"]*"\s+content="[^"]*"\s*/?>\s*')
+_META = re.compile(
+    rb'<meta\s+(?:property|name)="(?:og|twitter):[^"]*"\s+content="[^"]*"\s*/?>\s*'
+    # It is asked for at the root of the host, whatever path a proxy shows the page under.
+    rb'|<link rel="manifest"[^>]*>\s*'
+)
 
 
 class PlainHead:

@@ -32,7 +32,7 @@ CSS = """
 .scroll { overflow-x: auto; }
 table.grid { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
 table.grid th, table.grid td { text-align: left; padding: 0.45rem 0.6rem !important;
-  vertical-align: top; min-width: 8.5rem; border: 0 !important;
+  vertical-align: top; min-width: 5.5rem; border: 0 !important;
   border-bottom: 1px solid rgba(128, 140, 160, 0.35) !important; }
 table.grid.even { table-layout: fixed; }
 table.grid caption { text-align: left; font-weight: 600; padding: 0.4rem 0.6rem; }

@@ -77,7 +77,7 @@ class Screen:
 
     def upload(self, css: str, path: Path) -> None:
         """Choose a file, as the browser's own dialogue would."""
-        self.until(lambda: self.all(f"{css} input[type=file]")[0], css).send_keys(str(path))
+        self.until(lambda: self.all(css)[0], css).send_keys(str(path))
 
     def focused(self) -> str:
         """Of what the keyboard is on: its own and its nearest named ancestor's id, and its tag."""

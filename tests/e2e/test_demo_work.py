@@ -91,7 +91,7 @@ def test_the_keyboard_reaches_what_the_mouse_does(screen: Screen) -> None:
     assert positions == sorted(positions)
     screen.window.execute_script("document.querySelector('#classify-examples button').focus()")
     example = screen.text("#classify-examples button")
-    screen.press(Keys.ENTER)
+    screen.press(Keys.SPACE)
     screen.until(
         lambda: screen.all("#classify-text textarea")[0].get_property("value") == example,
         "the example in the field",
@@ -104,7 +104,7 @@ def test_ten_thousand_rows_show_their_progress_and_a_page_of_themselves(
     rows = [[str(i), f"the {WORDS[i % 7]} was {'good' if i % 3 else 'bad'}"] for i in range(ROWS)]
     screen.tab("Many texts")
     screen.window.execute_script(RECORD)
-    screen.upload("#many-file", write(tmp_path / "many.csv", ["id", "review"], rows))
+    screen.upload("#many-file input[type=file]", write(tmp_path / "many.csv", ["id", "review"], rows))
     screen.until(
         lambda: screen.all("#many-column input")[0].get_property("value") == "review",
         "the column that was guessed",
@@ -125,7 +125,7 @@ def test_a_wrong_file_gets_a_sentence_beside_it(screen: Screen, tmp_path: Path) 
     screen.tab("Many texts")
     screen.click("#many-file button[aria-label='Remove this file'], "
                  "#many-file button[aria-label='Clear']")  # fmt: skip
-    screen.upload("#many-file", write(tmp_path / "odd.csv", ["a", "b"], [["1", "2"], ["3"]]))
+    screen.upload("#many-file input[type=file]", write(tmp_path / "odd.csv", ["a", "b"], [["1", "2"], ["3"]]))
     screen.until(
         lambda: "Row 3 of “odd.csv” has 1 cells" in screen.text("#many-problem"), "the sentence"
     )
@@ -139,7 +139,7 @@ def fill_lesson(screen: Screen, path: Path, name: str) -> None:
         for kind, label in (("great", "yes"), ("awful", "no"))
     ]
     screen.tab("Teach")
-    screen.upload("#teach-upload", write(path, ["text", "label"], rows))
+    screen.upload("input[data-testid^='Upload CSV']", write(path, ["text", "label"], rows))
     screen.until(
         lambda: (
             screen.all("#teach-labels textarea, #teach-labels input")[0].get_property("value")
