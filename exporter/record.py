@@ -56,15 +56,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
 
 
 def bundle_arrays(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """A prompt's arrays as `serve.bundle.add_task` takes them.
-
-    In mode `deep` the trained keys, values and states are all there is of the prompt; the bundle
-    wants the prompt's own rows as well, for its size, and gets the states.
-    """
-    result = dict(arrays)
-    if "kv" in result and "states" in result:
-        result.setdefault("prompt_embeddings", result["states"])
-    return result
+    """Of a prompt's arrays those that `serve.bundle.add_task` takes: in mode `deep` the trained
+    keys, values and states are all there is."""
+    kept = ("kv", "states") if "kv" in arrays else ("prompt_embeddings",)
+    return {name: arrays[name] for name in kept}
 
 
 def task_record(task: Mapping[str, Any], tokenizer: Tokenizer, source: object) -> dict[str, Any]:

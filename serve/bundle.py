@@ -85,8 +85,8 @@ class Bundle:
         return self.folder / known[precision]["graph"]
 
     def read_prompt(self, task: Task) -> dict[str, np.ndarray]:
-        """The arrays of a task's prompt: `prompt_embeddings` [p, D], p <= P; in mode deep also
-        `kv` [L, 2, H, p, K] and `states` [p, D].
+        """The arrays of a task's prompt: `prompt_embeddings` [p, D], p <= P; in mode deep `kv`
+        [L, 2, H, p, K] and `states` [p, D] in its place.
 
         Raises:
             Failure: the file is missing, damaged, or not of the backbone's shape.
@@ -231,20 +231,21 @@ def check_prompt(prompt: np.ndarray | Arrays, bundle: Bundle) -> dict[str, np.nd
         UserError: an array is missing, not of the backbone's shape, or not finite.
     """
     arrays = {"prompt_embeddings": prompt} if isinstance(prompt, np.ndarray) else dict(prompt)
-    if "prompt_embeddings" not in arrays:
-        raise UserError(f"the prompt has no 'prompt_embeddings', it has {sorted(arrays)}")
+    main = "states" if bundle.mode == "deep" else "prompt_embeddings"  # [p, D] either way
+    if main not in arrays:
+        raise UserError(f"the prompt has no '{main}', it has {sorted(arrays)}")
     width = bundle.size("d_model")
-    shape = arrays["prompt_embeddings"].shape
+    shape = arrays[main].shape
     if len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= bundle.prompt_tokens:
         raise UserError(
             f"the prompt holds {list(shape)}, but the bundle's backbone "
             f"'{bundle.header['backbone'].get('id')}' is {width} wide and its graph takes 1 to "
             f"{bundle.prompt_tokens} prompt tokens: train it on this backbone, or export again"
         )
-    expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": shape}
+    expected: dict[str, tuple[int, ...]] = {main: shape}
     if bundle.mode == "deep":
         layers, heads, narrow = (bundle.size(key) for key in ("num_layers", "num_heads", "d_kv"))
-        expected |= {"kv": (layers, 2, heads, shape[0], narrow), "states": shape}
+        expected["kv"] = (layers, 2, heads, shape[0], narrow)
     result = {}
     for key, wanted in expected.items():
         if key not in arrays or arrays[key].shape != wanted:

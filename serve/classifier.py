@@ -365,15 +365,14 @@ class Classifier:
     def _constants(self, task: Task) -> dict[str, np.ndarray]:
         """A task's arrays for the bank, from its prompt [p, D] padded on the left to [P, D]."""
         arrays = task.arrays or self.bundle.read_prompt(task)
-        prompt = arrays["prompt_embeddings"]
+        prompt = arrays["states" if self.bundle.mode == "deep" else "prompt_embeddings"]
         gap = self.bundle.prompt_tokens - len(prompt)
         length = np.array(len(prompt), np.int64)
         padded = np.pad(prompt, ((gap, 0), (0, 0)))
         if self.bundle.mode == "full":
             return {"bank_prompts": padded, "bank_length": length}
         if self.bundle.mode == "deep":
-            kv = np.pad(arrays["kv"], ((0, 0), (0, 0), (0, 0), (gap, 0), (0, 0)))
-            states = np.pad(arrays["states"], ((gap, 0), (0, 0)))
+            kv, states = np.pad(arrays["kv"], ((0, 0), (0, 0), (0, 0), (gap, 0), (0, 0))), padded
         else:
             feed = {"prompt": on_device(padded, "cpu"), "length": on_device(length, "cpu")}
             kv, states = self._prefix_engine().run(feed)[:2]

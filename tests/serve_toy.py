@@ -208,5 +208,5 @@ def add(folder: Path, name: str, labels: list[str], words: list[str], prompt: np
     if bundle.load(folder, verify=False).mode == "deep":
         kv, states = constants(prompt)
         gap = P - len(prompt)
-        arrays = {"prompt_embeddings": prompt, "kv": kv[:, :, :, gap:], "states": states[gap:]}
+        arrays = {"kv": kv[:, :, :, gap:], "states": states[gap:]}
     bundle.add_task(folder, name, record(labels, words, **changes), arrays)

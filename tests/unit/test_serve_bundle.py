@@ -181,7 +181,7 @@ def test_a_prompt_that_does_not_fit_changes_nothing(folder: Path, prompt: Any) -
 
 def test_mode_deep_needs_its_constants(tmp_path: Path) -> None:
     folder = toy.make_bundle(tmp_path / "b", "deep")
-    with pytest.raises(UserError, match="'kv' holds nothing"):
+    with pytest.raises(UserError, match="no 'states'"):
         bundle.add_task(folder, "x", toy.record(["a", "b"], ["bad", "good"]), toy.prompt_of(1))
     arrays = bundle.load(folder).read_prompt(bundle.list_tasks(folder)["food"])
     assert arrays["kv"].shape == (toy.L, 2, toy.H, 3, toy.K)
