@@ -27,7 +27,7 @@ import httpx
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.http_load import server
+from benchmarks.http_load import fill, server
 from serve.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -83,14 +83,6 @@ class Attack:
         self.sent += 1
 
 
-def fill(client: httpx.Client, tasks: list[str]) -> None:
-    """Batches of every length up to the longest, as large as the queue takes."""
-    for words in (4, 16, 60, 250, 1000):
-        for rows in (30, 8, 3, 1):
-            body = {"texts": ["good food " * (words // 2)] * rows, "task": tasks[0]}
-            client.post("/classify", json=body).raise_for_status()
-
-
 def resident(client: httpx.Client) -> float:
     """The server's memory in MiB."""
     found = re.search(r"^process_resident_memory_bytes (\S+)", client.get("/metrics").text, re.M)
@@ -137,7 +129,7 @@ def main() -> None:
         attacker = Attack(port, args.requests)
         start = resident(attacker.client)
         for _ in range(2):
-            fill(attacker.client, list(attacker.client.get("/").json()["tasks"]))
+            fill(port)
         attack(attacker, args.requests)
         attacker.memory.append(resident(attacker.client))
         alive = attacker.client.get("/v2/health/ready").status_code

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -67,6 +68,17 @@ def server(bundle: str, flags: list[str]) -> Iterator[tuple[int, int]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def fill(port: int) -> None:
+    """Run batches of every length up to the longest, so that the server has taken the memory that
+    it takes at most."""
+    address = f"http://127.0.0.1:{port}"
+    task = next(iter(json.loads(urlopen(address).read())["tasks"]))
+    for words in (4, 16, 60, 250, 1000):
+        for rows in (30, 8, 3, 1):
+            body = {"texts": ["good food " * (words // 2)] * rows, "task": task}
+            urlopen(f"{address}/classify", json.dumps(body).encode()).read()
 
 
 def cpu_seconds(pid: int) -> float:

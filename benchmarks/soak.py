@@ -5,7 +5,8 @@
 64 clients send texts of mixed lengths for all tasks, one request after another each; every answer
 is compared with the classifier's own in process (within 1e-3). One task is unloaded and loaded
 again every few seconds; only its requests may get 404. Memory is read from the server's own
-`/metrics` once a second. Ends with SIGTERM under load, and expects exit code 0.
+`/metrics` once a second, after the largest batches have run once. Ends with SIGTERM under load, and
+expects exit code 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.http_client import Connection, prepare
-from benchmarks.http_load import make_texts, server
+from benchmarks.http_load import fill, make_texts, server
 from serve.classifier import Classifier
 from serve.files import write_json
 
@@ -115,6 +116,7 @@ def main() -> None:
     os.environ["METAPT_ADMIN_TOKEN"] = TOKEN
     flags = ["--threads", str(args.threads), "--deadline", "60", *args.flags.split()]
     with server(args.bundle, flags) as (port, _):
+        fill(port)
         soak = Soak(port, prepare("/classify", bodies), wanted, names[-1])
         asyncio.run(soak.run(args.minutes * 60, args.clients, args.admin_every))
     quarter = max(1, len(soak.memory) // 4)
