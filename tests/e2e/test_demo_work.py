@@ -104,7 +104,9 @@ def test_ten_thousand_rows_show_their_progress_and_a_page_of_themselves(
     rows = [[str(i), f"the {WORDS[i % 7]} was {'good' if i % 3 else 'bad'}"] for i in range(ROWS)]
     screen.tab("Many texts")
     screen.window.execute_script(RECORD)
-    screen.upload("#many-file input[type=file]", write(tmp_path / "many.csv", ["id", "review"], rows))
+    screen.upload(
+        "#many-file input[type=file]", write(tmp_path / "many.csv", ["id", "review"], rows)
+    )
     screen.until(
         lambda: screen.all("#many-column input")[0].get_property("value") == "review",
         "the column that was guessed",
@@ -125,7 +127,9 @@ def test_a_wrong_file_gets_a_sentence_beside_it(screen: Screen, tmp_path: Path) 
     screen.tab("Many texts")
     screen.click("#many-file button[aria-label='Remove this file'], "
                  "#many-file button[aria-label='Clear']")  # fmt: skip
-    screen.upload("#many-file input[type=file]", write(tmp_path / "odd.csv", ["a", "b"], [["1", "2"], ["3"]]))
+    screen.upload(
+        "#many-file input[type=file]", write(tmp_path / "odd.csv", ["a", "b"], [["1", "2"], ["3"]])
+    )
     screen.until(
         lambda: "Row 3 of “odd.csv” has 1 cells" in screen.text("#many-problem"), "the sentence"
     )
