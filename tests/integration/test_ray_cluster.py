@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,6 @@ from trainer.cluster import ClusterConfig, run_cluster
 from trainer.tables import iterate_rows
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - beside other work
-    ray.init("local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False,
-             log_to_driver=False)  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 class Topics:
@@ -57,7 +48,7 @@ def load_topics(source: str) -> Topics:
 
 
 def test_a_cluster_writes_the_rows_of_one_machine_though_a_worker_is_killed(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainer.distributed import cluster as on_ray
 

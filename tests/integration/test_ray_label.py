@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,10 @@ from trainer.remote import Source
 from trainer.reservoir import Reservoir
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
-STORE = 80 << 20  # bytes; Ray's own minimum is 75 MiB
 
 POOR, FINE = ["awful", "boring", "nasty"], ["lovely", "great", "tasty"]
 KINDS = [(number, ("txt", "parquet", "csv")[number % 3]) for number in range(7)]
 THINGS = ["soup", "room", "film", "song", "phone", "book", "staff", "view"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - beside other work
-    ray.init("local", num_cpus=2, object_store_memory=STORE, include_dashboard=False,
-             log_to_driver=False)  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 class Marks:
@@ -105,7 +95,7 @@ def assert_same(found: Reservoir, expected: Reservoir) -> None:
 
 
 def test_a_cluster_draws_the_sample_of_one_machine_though_a_worker_is_killed(
-    cluster: None, files: list[Source], tmp_path: Path
+    cluster: int, files: list[Source], tmp_path: Path
 ) -> None:
     from trainer.distributed.label import annotate
     from trainer.reservoir import fingerprint
@@ -122,7 +112,7 @@ def test_a_cluster_draws_the_sample_of_one_machine_though_a_worker_is_killed(
 
 
 def test_unreadable_files_are_counted_and_stop_the_run_past_their_share(
-    cluster: None, files: list[Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: int, files: list[Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from trainer.distributed.label import annotate
 
@@ -140,7 +130,7 @@ def test_unreadable_files_are_counted_and_stop_the_run_past_their_share(
         annotate(config_of(tmp_path, bad_files=0.1, ray="local"), files, Marks(), set())  # type: ignore[arg-type]
 
 
-def test_a_file_larger_than_the_object_store_streams_through(cluster: None, tmp_path: Path) -> None:
+def test_a_file_larger_than_the_object_store_streams_through(cluster: int, tmp_path: Path) -> None:
     from trainer.distributed.label import annotate
 
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
@@ -149,7 +139,7 @@ def test_a_file_larger_than_the_object_store_streams_through(cluster: None, tmp_
     with path.open("w") as file:
         for number in range(6000):
             file.write(f"The soup number {number} was lovely. {padding}\n")
-    assert path.stat().st_size > 1.4 * STORE
+    assert path.stat().st_size > 1.4 * cluster
     found = annotate(config_of(tmp_path, ray="local"), [path], Marks(), set())  # type: ignore[arg-type]
     assert found.seen == 6000
     assert len(found.kept[1]) == 200
