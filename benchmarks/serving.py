@@ -27,6 +27,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     threads, config = arguments.threads, backbone.t5.model.config
     fp32 = Classifier(work / "prefix", threads=threads)
     int8 = Classifier(work / "prefix", "int8", threads=threads)
+    # As `python -m serve http --workers 2 --threads 1` does: a thread for each batch.
+    side_by_side = Classifier(work / "prefix", "int8", threads=1)
+    pool = ThreadPoolExecutor(threads)
     full = Classifier(work / "full", threads=threads) if arguments.peft else None
     peft = peft_side(backbone, work) if arguments.peft else None
     seq2seq = seq2seq_side(backbone, work, threads) if arguments.seq2seq else None
@@ -253,6 +257,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for tasks, kind in ((1, "one task"), (TASKS, f"{TASKS} tasks")):
                 batch = rows_of(classifier, ids, tasks)
                 sides[f"prefix {name}, {kind}"] = lambda c=classifier, b=batch: c.logits(b)
+        if threads > 1 and rows >= threads:
+            parts = [rows_of(side_by_side, part, 1) for part in np.array_split(ids, threads)]
+            sides[f"prefix int8, {threads} batches side by side"] = lambda parts=parts: list(
+                pool.map(side_by_side.logits, parts)
+            )
         proof = prove(backbone, sides, ids, prompts, columns)
         if seq2seq is not None:
             sides["seq2seq"] = lambda long=long: seq2seq(long)
