@@ -90,10 +90,10 @@ def test_the_keyboard_reaches_what_the_mouse_does(screen: Screen) -> None:
     positions = [stops.index(stop) for stop in wanted]
     assert positions == sorted(positions)
     screen.window.execute_script("document.querySelector('#classify-examples button').focus()")
-    example = screen.text("#classify-examples button")
+    example = screen.text("#classify-examples button").removesuffix("...")  # shown shortened
     screen.press(Keys.SPACE)
     screen.until(
-        lambda: screen.all("#classify-text textarea")[0].get_property("value") == example,
+        lambda: screen.all("#classify-text textarea")[0].get_property("value").startswith(example),
         "the example in the field",
     )
 
