@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 _LARGE = 16 * MIB  # of attention scores; a batch beyond it gives its memory back
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
-_RUN_COST = {"cpu": 16, "cuda": 2048}  # besides its tokens, in tokens; for a GPU an estimate
+_RUN_COST = {"cpu": 16, "cuda": 2048}  # of a run, in tokens a thread; cuda: an estimate
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
 
@@ -128,7 +128,7 @@ class Classifier:
             first_slots=max(1, len(self.tasks)),
         )
         self.max_tasks = self.bank.capacity  # of one batch
-        self.run_cost = _RUN_COST[self._engine.device]
+        self.run_cost = _RUN_COST[self._engine.device] * self._threads
         log.info(
             "bank: %.2f MiB for each task, %d tasks fit",
             self.bank.slot_bytes / MIB, self.bank.capacity,
