@@ -330,9 +330,9 @@ def _study_one(
     from trainer.tune import TuneConfig, tune
 
     config = TuneConfig(
-        out="", mode=room.classifier.bundle.mode,
-        batch=4, accumulation=ROWS // 4, epochs=math.ceil(STEPS * ROWS / len(train)), rate=RATE, seed=SEED, max_tokens=MAX_TOKENS,
-        name=task.name,
+        out="", mode=room.classifier.bundle.mode, name=task.name, max_tokens=MAX_TOKENS,
+        batch=4, accumulation=ROWS // 4, epochs=math.ceil(STEPS * ROWS / len(train)),
+        rate=RATE, seed=SEED,
     )  # fmt: skip
     out: queue.Queue[Step | Exception | None] = queue.Queue()
 
