@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import tempfile
 import time
@@ -82,20 +83,26 @@ def simulate(numbers: np.ndarray, capacity: int, warm: int) -> float:
     return 1 - (bank.misses - before) / (len(numbers) - warm)
 
 
-def che(shares: np.ndarray, capacity: int) -> float:
-    """Che's approximation of the hit rate of an LRU of so many tasks."""
-    if capacity >= len(shares):
-        return 1.0
+def filling(shares: np.ndarray, capacity: int) -> float:
+    """After how many requests so many tasks have been asked for, on average; Che's "characteristic
+    time" of an LRU: a task that is not asked for so long is gone."""
     low, high = 0.0, 1.0
     while -np.expm1(-shares * high).sum() < capacity:
         high *= 2
-    for _ in range(100):  # the time after which a task that was not asked for is gone
+    for _ in range(60):
         middle = (low + high) / 2
         if -np.expm1(-shares * middle).sum() < capacity:
             low = middle
         else:
             high = middle
-    return float((shares * -np.expm1(-shares * high)).sum())
+    return high
+
+
+def che(shares: np.ndarray, capacity: int) -> float:
+    """Che's approximation of the hit rate of an LRU of so many tasks."""
+    if capacity >= len(shares):
+        return 1.0
+    return float((shares * -np.expm1(-shares * filling(shares, capacity))).sum())
 
 
 def divided(shares: np.ndarray, nodes: int, capacity: int, seed: int = 0) -> float:
@@ -276,12 +283,21 @@ def node_table(figures: dict[str, Any], memory: int = 4096) -> str:
             for exponent in EXPONENTS:
                 shares = zipf(TASKS, exponent)
                 hit = che(shares, capacity)
-                plain = -(-REQUESTS // per_node(text, g["miss_ms"], hit))
-                best = divided(shares, int(plain), capacity)
-                fewer = -(-REQUESTS // per_node(text, g["miss_ms"], best))
-                cells.append(f"{plain:.0f} ({100 * hit:.0f} %), {fewer:.0f} ({100 * best:.0f} %)")
+                plain = math.ceil(REQUESTS / per_node(text, g["miss_ms"], hit))
+                fewer, best = fewest(shares, capacity, text, g["miss_ms"])
+                cells.append(f"{plain} ({100 * hit:.0f} %), {fewer} ({100 * best:.0f} %)")
             rows.append(cells)
     return table(["", *[f"s = {e}" for e in EXPONENTS]], rows)
+
+
+def fewest(shares: np.ndarray, capacity: int, text_ms: float, miss_ms: float) -> tuple[int, float]:
+    """Nodes, and their hit rate, when each task is sent to one of them."""
+    nodes = math.ceil(REQUESTS / per_node(text_ms, 0, 1.0))
+    while True:
+        hit = divided(shares, nodes, capacity)
+        if nodes * per_node(text_ms, miss_ms, hit) >= REQUESTS:
+            return nodes, hit
+        nodes += 1
 
 
 def index_table(figures: dict[str, Any]) -> str:
@@ -300,7 +316,7 @@ def simulated() -> dict[tuple[int, float], float]:
     for exponent in EXPONENTS:
         shares = zipf(TASKS, exponent)
         for capacity in CAPACITIES:
-            warm = 20_000 + 3 * capacity
+            warm = round(1.5 * filling(shares, capacity))  # it is full, and has been renewed
             results[capacity, exponent] = simulate(requests(shares, warm + 50_000), capacity, warm)
     return results
 

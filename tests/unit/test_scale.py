@@ -82,6 +82,22 @@ def test_the_slot_is_what_the_bank_takes(tmp_path: Path) -> None:
     assert scale.slot_bytes(geometry) == bank.slot_bytes
 
 
+def test_the_fewest_nodes_are_enough_and_one_less_is_not() -> None:
+    shares = scale.zipf(5000, 0.8)
+    nodes, hit = scale.fewest(shares, 300, 10.0, 30.0)
+    assert hit == scale.divided(shares, nodes, 300)
+    assert nodes * scale.per_node(10, 30, hit) >= scale.REQUESTS
+    less = scale.divided(shares, nodes - 1, 300)
+    assert (nodes - 1) * scale.per_node(10, 30, less) < scale.REQUESTS
+
+
+def test_an_lru_has_filled_after_the_time_that_is_computed() -> None:
+    shares = scale.zipf(1000, 0.8)
+    time = scale.filling(shares, 200)
+    seen = len(set(scale.requests(shares, round(time)).tolist()))
+    assert seen == pytest.approx(200, rel=0.05)
+
+
 def test_a_miss_is_paid_by_its_share() -> None:
     # 16 processors at 70 % have 11,200 ms a second.
     assert scale.per_node(10, 30, 1.0) == pytest.approx(1120)
