@@ -64,7 +64,7 @@ def test_an_image_is_pinned_small_and_not_roots(kind: str) -> None:
     assert "RUN" not in names[last:]  # the final image installs nothing
     copies = [value for name, value in steps if name == "COPY"]
     assert copies == [
-        "pyproject.toml README.md ./", "serve ./serve", "--from=build /opt/metapt /opt/metapt"
+        "pyproject.toml README.md ./", "serve ./serve", "--from=build /srv/metapt /srv/metapt"
     ]  # fmt: skip
     for value in copies[:2]:
         for source in value.split()[:-1]:
