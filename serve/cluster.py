@@ -256,6 +256,8 @@ def deploy(config: ClusterConfig) -> int:
         ray_serve.start(http_options={"host": config.host, "port": config.port})
         try:
             ray_serve.run(target, name=NAME, route_prefix="/")
+        except RayServeException as error:  # for example another application is at this route
+            raise Failure(f"Ray Serve refuses the application: {error}") from None
         except RuntimeError as error:
             raise Failure(f"the replicas did not start: {_reason(error)}") from None
         log.info("ready on http://%s:%d, documentation on /docs", config.host, config.port)

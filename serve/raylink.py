@@ -45,8 +45,9 @@ def connect(address: str) -> None:
         if address == "local":
             raise Failure(f"Ray does not start on this machine: {first}") from error
         raise Failure(
-            f"cannot connect to Ray at '{address}' ({first}): is the cluster up (ray status), and "
-            "of the same versions of Ray and Python?"
+            f"cannot connect to Ray at '{address}' ({first}): is the cluster up (ray status), of "
+            "the same versions of Ray and Python, and has this process its token "
+            "(RAY_AUTH_TOKEN_PATH, or RAY_AUTH_MODE=disabled on both sides)?"
         ) from None
 
 
