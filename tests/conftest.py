@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+STORE = 80 << 20  # bytes of Ray's object store in the tests; its own minimum is 75 MiB
 WORDS = (
     "terrible bad okay good great awful negative neutral positive mixed the a film food was it It "
     "is not very and but service story acting plot room this that . , ! ?"
@@ -72,3 +74,22 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_t5_v11(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random T5 v1.1: untied head, gated GELU."""
     return make_tiny_t5(tmp_path_factory.mktemp("tiny") / "v11", kind="v1.1")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[int]:
+    """Ray on this machine: two cores and an object store of so many bytes."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
+    for attempt in range(3):
+        try:
+            ray.init(
+                "local", num_cpus=2, object_store_memory=STORE, include_dashboard=False,
+                log_to_driver=False,
+            )  # fmt: skip
+            break
+        except Exception:  # bare ones: it gives itself 30 s, which a busy machine exceeds
+            ray.shutdown()
+            if attempt == 2:
+                raise
+    yield STORE
+    ray.shutdown()
