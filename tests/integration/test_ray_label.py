@@ -130,6 +130,7 @@ def test_unreadable_files_are_counted_and_stop_the_run_past_their_share(
         annotate(config_of(tmp_path, bad_files=0.1, ray="local"), files, Marks(), set())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_object_store_streams_through(cluster: int, tmp_path: Path) -> None:
     from trainer.distributed.label import annotate
 
