@@ -45,7 +45,7 @@ class SourceOptions(PromptOptions):
 
     data: str = option(help="the Parquet file that `cluster` wrote", metavar="FILE")
     out: str = option(help="folder of the prompt")
-    init: str = option("vocab", help="random, vocab, or a prompt folder")
+    init: str = option("vocab", help="random, vocab, shipped:NAME, or a prompt folder")
     words: list[str] = option([], help="label word of each class (default: by their number)")
     template: str = option(DEFAULT_TEMPLATE, help="what the model reads")
     steps: int = option(20_000, help="outer steps at most (A.3)", minimum=1)
