@@ -28,8 +28,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two halves side by side, a core each; the integration tests report when both are done.
 test: lint
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/integration >.integration.log 2>&1 & other=$$!; \
+	$(BIN)/python -m pytest tests/unit tests/e2e; first=$$?; \
+	wait $$other; second=$$?; cat .integration.log; rm -f .integration.log; \
+	exit $$((first || second))
 
 demo: $(VENV)/ready
 	$(BIN)/python -m demo
