@@ -91,20 +91,22 @@ def peft_side(backbone: Backbone, work: Path) -> Callable[[torch.Tensor], np.nda
     words = backbone.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
     columns = [pieces[0] for pieces in words]
 
-    def answer(ids: torch.Tensor) -> np.ndarray:
-        with torch.inference_mode():
-            out = tuned.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                decoder_input_ids=backbone.decoder_ids.expand(len(ids), -1),
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        return out.logits[0][:, columns].numpy()
+    return lambda ids: one_step(tuned, backbone, ids)[:, columns]
 
-    return answer
+
+def one_step(model: Any, backbone: Backbone, ids: torch.Tensor) -> np.ndarray:
+    """One step of `generate` after [pad, <extra_id_0>]: ids [B, S] -> logits [B, V]."""
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            decoder_input_ids=backbone.decoder_ids.expand(len(ids), -1),
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return out.logits[0].numpy()
 
 
 def seq2seq_side(backbone: Backbone, work: Path, threads: int) -> Callable[[torch.Tensor], Any]:
@@ -127,20 +129,7 @@ def seq2seq_side(backbone: Backbone, work: Path, threads: int) -> Callable[[torc
     options.intra_op_num_threads = threads
     model = ORTModelForSeq2SeqLM.from_pretrained(folder, session_options=options, **plain)
 
-    def answer(ids: torch.Tensor) -> np.ndarray:
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                decoder_input_ids=backbone.decoder_ids.expand(len(ids), -1),
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        return out.logits[0].numpy()
-
-    return answer
+    return lambda ids: one_step(model, backbone, ids)
 
 
 def open_session(model: str | bytes, threads: int) -> ort.InferenceSession:
