@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from demo.state import Room, check_text
+from demo.words import choose_words
 from serve.bundle import Arrays
 from serve.errors import Failure, UserError
 
@@ -193,59 +194,6 @@ def load_backbone(name: str, sha256: str) -> Backbone:
             "Start the demo with --backbone and its folder."
         )
     return backbone
-
-
-def choose_words(backbone: Backbone, labels: Sequence[str]) -> list[str]:
-    """One token of the vocabulary for each label, all different.
-
-    A label that is one token stands for itself. Otherwise the first of its words that is one, and
-    failing that the whole word of the vocabulary whose embedding is nearest to the mean of the
-    label's pieces.
-    """
-    tokenizer = backbone.tokenizer
-    taken: set[int] = set()
-    words: list[str] = []
-    for label in labels:
-        found = None
-        for word in (label, label.lower(), *re.findall(r"\w+", label.lower())):
-            pieces = tokenizer.encode(word, add_special_tokens=False)
-            if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id and pieces[0] not in taken:
-                found = (word, pieces[0])
-                break
-        word, token = found or _nearest_word(backbone, label, taken)
-        words.append(word)
-        taken.add(token)
-    return words
-
-
-@lru_cache(maxsize=1)
-def _whole_words(backbone_sha256: str, tokenizer: Any) -> tuple[list[str], list[int]]:
-    words, ids = [], []
-    for piece, number in tokenizer.get_vocab().items():
-        word = piece.removeprefix("▁")
-        if piece.startswith("▁") and len(word) > 2 and word.isalpha() and word.islower():
-            words.append(word)
-            ids.append(number)
-    return words, ids
-
-
-def _nearest_word(backbone: Backbone, label: str, taken: set[int]) -> tuple[str, int]:
-    import torch
-
-    words, ids = _whole_words(backbone.sha256, backbone.tokenizer)
-    free = [(word, number) for word, number in zip(words, ids, strict=True) if number not in taken]
-    if not free:
-        raise UserError(f"The vocabulary has no word left for the label “{label}”. Rename it.")
-    table = backbone.t5.model.shared.weight.detach().float()
-    pieces = backbone.tokenizer.encode(label.lower(), add_special_tokens=False)
-    mean = table[pieces].mean(0)
-    vectors = table[[number for _, number in free]]
-    near = torch.nn.functional.cosine_similarity(vectors, mean[None], dim=1)
-    for position in near.argsort(descending=True).tolist():
-        word, number = free[position]
-        if backbone.tokenizer.encode(word, add_special_tokens=False) == [number]:
-            return word, number
-    raise UserError(f"The vocabulary has no word for the label “{label}”. Rename it.")
 
 
 def choose_start(room: Room, backbone: Backbone, task: Task, train: Any) -> Start:

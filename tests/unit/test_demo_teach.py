@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("gradio")
 
 from demo.lesson import EXAMPLES
-from demo.teach import choose_words, make_lesson, parse_labels, split
+from demo.teach import make_lesson, parse_labels, split
+from demo.words import choose_words, whole_words
 from serve.errors import UserError
 
 
@@ -80,6 +81,24 @@ def test_label_words_are_single_tokens_and_all_different(tiny_t5: Path) -> None:
     assert words[:2] == ["good", "food"]  # the label itself; the first of its words that is one
     assert words[2] not in ("good", "food")  # "zq" is two letters: the nearest whole word
     assert words[3] != "food"  # taken by the second label
+
+
+def test_whole_words_of_both_kinds_of_vocabulary() -> None:
+    sentence = {"▁good": 5, "good": 6, "▁to": 7, "▁Good": 8, "▁": 9, "<extra_id_0>": 10, "▁a1b": 11}
+    assert whole_words(sentence) == {"good": 5}
+    pieces = {"good": 5, "##good": 6, "to": 7, "[UNK]": 8, "refunds": 9, "##ing": 10, "!!!": 11}
+    assert whole_words(pieces) == {"good": 5, "refunds": 9}
+
+
+def test_a_label_that_mini_has_no_token_for_gets_the_nearest_word() -> None:
+    from trainer.backbone import load_backbone
+
+    backbone = load_backbone("mini")
+    assert len(backbone.tokenizer.encode("backordered", add_special_tokens=False)) > 1
+    words = choose_words(backbone, ["good", "backordered"])
+    assert words[0] == "good"
+    vocabulary = backbone.tokenizer.get_vocab()
+    assert words[1].isalpha() and words[1] in vocabulary and words[1] != "good"
 
 
 def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
