@@ -90,8 +90,14 @@ class LabelConfig:
     )  # fmt: skip
     per_class: int = option(10_000, help="sentences kept of each class at most", minimum=1)
     balance: bool = option(True, help="keep as many sentences of each class (4.1)")
-    min_words: int = option(4, help="shorter sentences, as headings, are left out", minimum=1)
-    max_words: int = option(60, help="longer sentences, as lists, are left out", minimum=1)
+    min_words: int | None = option(
+        None, minimum=1,
+        help="shorter sentences, as headings, are left out (default: 4; with --labelled none)",
+    )  # fmt: skip
+    max_words: int | None = option(
+        None, minimum=1,
+        help="longer sentences, as lists, are left out (default: 60; with --labelled none)",
+    )  # fmt: skip
     exclude: list[str] = option(
         [],
         help="files whose texts and sentences must not get in, as the downstream sets "
@@ -132,8 +138,14 @@ def run_label(config: LabelConfig) -> None:
         rows = _labelled(config, None)
         names = rows.names
         reservoir = Reservoir(config.per_class, 0.0, config.seed, len(names))
-        whole = [Sentence(text, rows.source) for text in rows.texts]
-        reservoir.add(whole, np.eye(len(names))[rows.labels], banned)
+        least, most = word_bounds(config)
+        kept = [least <= len(text.split()) <= most for text in rows.texts]
+        whole = [Sentence(t, rows.source) for t, keep in zip(rows.texts, kept, strict=True) if keep]
+        if not whole:
+            raise UserError(
+                f"{rows.source} has no text of {least} to {most} words: raise --max-words"
+            )
+        reservoir.add(whole, np.eye(len(names))[rows.labels[kept]], banned)
     else:
         labeller, names, figures = _labeller(config)
         if config.ray is None:
@@ -175,7 +187,7 @@ def _labeller(config: LabelConfig) -> tuple[Measured, tuple[str, ...], dict[str,
     train, test = _labelled(config, "train"), _labelled(config, "test")
     labeller = train_labeller(
         train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
-        seed=config.seed, words=(config.min_words, config.max_words),
+        seed=config.seed, words=word_bounds(config),
     )  # fmt: skip
     figures = labeller.measure(test, config.threshold)
     sys.stdout.write(_describe(figures, config, test.source, len(train.names)))
@@ -196,12 +208,19 @@ def _check(config: LabelConfig) -> None:
         raise UserError(
             f"{flag} reads from the start, in order, as a cluster does not: leave --ray out"
         )
-    if config.min_words > config.max_words:
-        raise UserError(f"--min-words {config.min_words} is above --max-words {config.max_words}")
+    least, most = word_bounds(config)
+    if least > most:
+        raise UserError(f"--min-words {least} is above --max-words {most}")
     if Path(config.out).suffix != ".parquet":
         raise UserError(f"--out {config.out}: the name must end in .parquet")
     if Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
+
+
+def word_bounds(config: LabelConfig) -> tuple[int, int]:
+    """Words that a sentence of the corpus, or a labelled text, has at least and at most."""
+    least, most = (1, sys.maxsize) if config.labelled else (4, 60)
+    return config.min_words or least, config.max_words or most
 
 
 def _labelled(config: LabelConfig, split: str | None) -> Examples:
@@ -243,8 +262,7 @@ def _annotate(
     bad = BadFiles(len(files), config.bad_files)
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="label") as bar:
         stream = sentences(
-            files, config.corpus_column, config.units, config.min_words, config.max_words,
-            bar.update, bad,
+            files, config.corpus_column, config.units, *word_bounds(config), bar.update, bad,
         )  # fmt: skip
         rest = itertools.islice(stream, reservoir.seen, config.limit or None)
         saved = time.monotonic()
@@ -261,9 +279,10 @@ def _annotate(
 def check_any(reservoir: Reservoir, config: LabelConfig) -> None:
     """UserError if the corpus had no sentence at all."""
     if reservoir.seen == 0:
+        least, most = word_bounds(config)
         raise UserError(
-            f"--corpus holds no sentence of {config.min_words} to {config.max_words} words: pass "
-            "other files, --min-words or --max-words"
+            f"--corpus holds no sentence of {least} to {most} words: pass other files, "
+            "--min-words or --max-words"
         )
 
 

@@ -54,6 +54,16 @@ class SourceOptions(PromptOptions):
     validation_share: float = option(
         0.1, help="share of each cluster's rows held out for evaluation", minimum=0.01, maximum=0.5
     )
+    rate: float = option(0.025, help="AdamW's learning rate", minimum=0)
+    decay: bool = option(False, help="let the rate fall linearly to zero at the last step")
+    clip: float = option(0.0, help="largest norm of a step's gradient (0: any)", minimum=0)
+
+    def schedule(self) -> Schedule:
+        """Steps, rate and patience as the loop takes them."""
+        return Schedule(
+            steps=self.steps, rate=self.rate, decay=self.decay, clip=self.clip or None,
+            evaluate_every=self.evaluate_every, patience=self.patience, best_by=BEST_BY,
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -95,7 +105,6 @@ class MetaConfig(SourceOptions):
 class PretrainConfig(SourceOptions):
     """PPT: pre-train a prompt on the source data without clusters (A.2)."""
 
-    rate: float = option(0.025, help="AdamW's learning rate", minimum=0)
     batch: int = option(80, help="rows a step; as many as MetaPT's ten tasks of 4 + 4", minimum=1)
 
     examples = ["--data runs/clusters.parquet --out runs/ppt"]
@@ -258,12 +267,8 @@ def meta_train(
         more = {"inner_rate": alpha, "inner_step": moved}
         return Score(hits / (count * config.samples), losses / count, more)
 
-    schedule = Schedule(
-        steps=config.steps, rate=config.rate,
-        evaluate_every=config.evaluate_every, patience=config.patience, best_by=BEST_BY,
-    )  # fmt: skip
     loop = Loop(
-        trained, gradient, evaluate, schedule,
+        trained, gradient, evaluate, config.schedule(),
         checkpoint=checkpoint, fingerprint=fingerprint, label="meta", watch=watch, quiet=quiet,
     )  # fmt: skip
     loop.run()
@@ -324,12 +329,8 @@ def pretrain(
         indices = epoch_stream(len(rows), config.batch, config.seed, step)
         return prompt_gradient(scorer, params, rows, indices)
 
-    schedule = Schedule(
-        steps=config.steps, rate=config.rate,
-        evaluate_every=config.evaluate_every, patience=config.patience, best_by=BEST_BY,
-    )  # fmt: skip
     loop = Loop(
-        params, gradient, lambda: scorer.score(params, held_rows), schedule,
+        params, gradient, lambda: scorer.score(params, held_rows), config.schedule(),
         checkpoint=checkpoint, fingerprint=fingerprint, label="pretrain", watch=watch, quiet=quiet,
     )  # fmt: skip
     loop.run()

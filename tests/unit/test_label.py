@@ -303,6 +303,19 @@ def test_labelled_rows_pass_through_with_their_own_labels(
         assert moods[text] == ("bad", "good")[index]
 
 
+def test_labelled_rows_of_some_lengths_only(tmp_path: Path) -> None:
+    words = ["one", "two words", "three of them", "now there are four"]
+    data = csv(
+        tmp_path / "r.csv", [(f"{text} {i}", str(i % 2)) for text in words for i in range(4)]
+    )
+    out = tmp_path / "o.parquet"
+    run_label(LabelConfig(labelled=True, data=str(data), out=str(out), min_words=3, max_words=4))
+    kept = parquet.read_table(out)["text"].to_pylist()
+    assert sorted(kept) == sorted(f"{text} {i}" for text in words[1:3] for i in range(4))
+    with pytest.raises(UserError, match="no text of 1 to 1 words: raise --max-words"):
+        run_label(LabelConfig(labelled=True, data=str(data), out=str(out), max_words=1))
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Eight times the corpus, less than half as much again in memory."""
 

@@ -77,7 +77,8 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
     for other in (
         replace(base, seeds=[2]), replace(base, modes=["prefix"]), replace(base, rate=1e-3),
         replace(base, inner_rate=0.1), replace(base, clusters=5), replace(base, train=20),
-        replace(base, learn_rates=True), replace(base, each_step=5), replace(base, limit_eval=9),
+        replace(base, learn_rates=True), replace(base, each_step=5),
+        replace(base, outer_decay=True), replace(base, outer_clip=0.5), replace(base, limit_eval=9),
         replace(base, start="random"), replace(base, samples=8),
     ):  # fmt: skip
         assert hashes(other) != [name]

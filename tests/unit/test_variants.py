@@ -181,6 +181,35 @@ def test_the_prompt_of_the_lowest_held_out_loss_is_kept(
     assert loop.state.best_step == 1 and loop.state.best == Score(0.2, 0.8)
 
 
+@pytest.mark.parametrize("method", ["meta", "pretrain"])
+def test_a_falling_rate_and_a_clipped_gradient(tiny_t5: Path, method: str) -> None:
+    own = load_backbone(str(tiny_t5))
+    data = SourceData(
+        ["film", "bad film", "great plot", "plot"] * 30, np.arange(120) % 3, np.arange(120) % 2, 3
+    )
+    common: dict[str, Any] = {
+        "data": "", "out": "", "mode": "prefix", "prompt_tokens": 3, "steps": 4, "rate": 0.2,
+        "evaluate_every": 1, "patience": 9, "inner_rate": 1.0, "samples": 2,
+    }  # fmt: skip
+
+    def run(**changes: object) -> Loop:
+        if method == "meta":
+            return meta_train(own, data, MetaConfig(**common, **changes), quiet=True)  # type: ignore[arg-type]
+        kept = {key: common[key] for key in common if key not in ("inner_rate", "samples")}
+        return pretrain(own, data, PretrainConfig(**kept, batch=16, **changes), quiet=True)  # type: ignore[arg-type]
+
+    rates = [line["rate"] for line in run(decay=True).state.metrics[1:]]
+    assert rates == pytest.approx([0.2, 0.15, 0.1, 0.05])  # by hand: linear to zero after step 4
+    assert [line["rate"] for line in run().state.metrics[1:]] == [0.2] * 4
+
+    def norm(loop: Loop) -> float:
+        grads = [value.grad for value in loop.params.values()]
+        return float(torch.stack([g.norm() for g in grads if g is not None]).norm())
+
+    free = norm(run())  # of the last step, as the optimizer saw it
+    assert norm(run(clip=1e-3)) == pytest.approx(1e-3, rel=1e-3) and free > 1e-2
+
+
 def test_the_query_loss_at_each_inner_rate_is_the_loops(
     backbone: Backbone, batches: tuple[Batch, Batch]
 ) -> None:

@@ -15,7 +15,7 @@ from trainer.classifier import Measured
 from trainer.corpus import BadFiles, Sentence, split_sentences
 from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, first_line, session
 from trainer.distributed.reading import Documents, file_of, read_files
-from trainer.label import LabelConfig, check_any
+from trainer.label import LabelConfig, check_any, word_bounds
 from trainer.remote import Source, name_of
 from trainer.reservoir import Reservoir
 
@@ -58,10 +58,11 @@ class Annotate:
             if error:
                 bad.append(error)
                 continue
+            least, most = word_bounds(config)
             found = [
                 sentence
                 for sentence in split_sentences(text)
-                if config.min_words <= sentence.count(" ") + 1 <= config.max_words
+                if least <= sentence.count(" ") + 1 <= most
             ]
             source = self.names[file_of(place)]
             chunk += [Sentence(sentence, source) for sentence in found]

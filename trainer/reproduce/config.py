@@ -72,6 +72,12 @@ class ReproduceConfig:
     held_clusters: int = option(
         0, help="beyond the paper: clusters held out for early stopping", minimum=0
     )
+    outer_decay: bool = option(
+        False, help="beyond the paper: the rate of MetaPT and PPT falls linearly to zero"
+    )
+    outer_clip: float = option(
+        0.0, help="beyond the paper: largest norm of their gradients (0: any)", minimum=0
+    )
     start: str = option("vocab", help="where MetaPT and PPT start: vocab or random")
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
     ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0)

@@ -127,6 +127,11 @@ def _start(
         "init": config.start, "evaluate_every": config.meta_evaluate_every,
         "patience": config.meta_patience, "best_by": BEST_BY,
     }  # fmt: skip
+    # What the paper does not have is named only where it is used.
+    if config.outer_decay:
+        common["decay"] = True
+    if config.outer_clip:
+        common["clip"] = config.outer_clip
     if method == "ppt":
         # Groups mean nothing to PPT: one run serves whatever they are.
         source = {**source, "grouping": "none", "clusters": 0}
@@ -134,7 +139,6 @@ def _start(
             **common, "source": source, "steps": config.ppt_steps or config.meta_steps,
             "rate": config.ppt_rate, "batch": config.ppt_batch,
         }  # fmt: skip
-    # What the paper does not have is named only where it is used.
     names = ("learn_rates", "first_order_steps", "each_step", "held_clusters")
     more = {name: getattr(config, name) for name in names if getattr(config, name)}
     if method == "metapt-ppt":

@@ -96,6 +96,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     }  # fmt: skip
     if isinstance(chosen["init"], dict):  # goes on from another start
         chosen["init"] = str(Store(where.out).start_path(chosen["init"]))
+    chosen |= {key: settings[key] for key in ("decay", "clip") if key in settings}
     meta = settings["method"] == "metapt"
     config: MetaConfig | PretrainConfig
     if meta:
