@@ -1,11 +1,12 @@
 """The HTTP server under concurrent clients, against the same classifier in process.
 
-    python -m benchmarks.http_load BUNDLE --threads 2 --seconds 10 --rounds 3
+    python -m benchmarks.http_load BUNDLE --seconds 10 --rounds 3
 
 1. Equal answers first: every text's probabilities over HTTP and in process, in fp32 within 1e-3.
 2. Throughput, both sides in turn, `--rounds` times; the median of each counts. In process:
    `Classifier.classify` over the texts in one call after another, its best case (length-sorted
-   batches). HTTP: `--clients` connections, one text a request, each sends when it has its answer.
+   batches), with as many batches side by side as the server runs. HTTP: `--clients` connections,
+   one text a request, each sends when it has its answer.
 3. Latency at half load: requests arrive by chance at half of the measured HTTP throughput.
 4. A single client, one request after another.
 
@@ -127,7 +128,8 @@ def figures(sample: Sample) -> dict[str, Any]:
 def print_tables(report: dict[str, Any]) -> None:
     """The report as Markdown."""
     print(
-        f"{report['precision']}, {report['threads']} threads, texts of {report['mean_tokens']} "
+        f"{report['precision']}, {report['workers']} batches at a time of {report['threads']} "
+        f"threads, texts of {report['mean_tokens']} "
         f"tokens, {report['clients']} clients; largest difference of a probability "
         f"{report['worst_difference']:.1e}\n"
     )
@@ -151,7 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of a batch, as --workers on both sides")
+    parser.add_argument("--workers", type=int, help="batches at a time; default: the server's")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--words", type=int, default=18, help="words of a text, on average")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
@@ -161,18 +164,21 @@ def main() -> None:
     args = parser.parse_args()
 
     texts = make_texts(512, args.words)
-    classifier = Classifier(args.bundle, args.precision, threads=args.threads)
+    layout = {"threads": args.threads, "workers": args.workers}
+    classifier = Classifier(args.bundle, args.precision, **layout)
     task = next(iter(classifier.tasks))
     requests = prepare("/classify", [{"text": text, "task": task} for text in texts])
     encoded = classifier.encoder.encode(texts, [classifier.tasks[task]] * len(texts))
     report: dict[str, Any] = {
         "bundle": Path(args.bundle).name,
         "precision": args.precision,
-        "threads": args.threads,
+        "threads": classifier.threads,
+        "workers": classifier.workers,
         "clients": args.clients,
         "mean_tokens": round(statistics.mean(len(item.ids) for item in encoded), 1),
     }
-    flags = ["--threads", str(args.threads), "--precision", args.precision, *args.flags.split()]
+    given = [f"--{name}={value}" for name, value in layout.items() if value is not None]
+    flags = ["--precision", args.precision, *given, *args.flags.split()]
     with server(args.bundle, flags) as (port, pid):
         # Texts are sent in order, so that 512 answers cover them all, however slow the model.
         probe = Sample()

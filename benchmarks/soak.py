@@ -100,13 +100,12 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--admin-every", type=float, default=5.0, help="seconds between two loads")
     parser.add_argument("--flags", default="", help="further flags of the server")
     parser.add_argument("--out", default="", help="JSON file for the figures")
     args = parser.parse_args()
 
-    classifier = Classifier(args.bundle, threads=args.threads)
+    classifier = Classifier(args.bundle)
     names = list(classifier.tasks)
     texts = [*make_texts(600, 18), "", "x " * 700, "\U0001f600 " * 40]
     tasks = [names[index % len(names)] for index in range(len(texts))]
@@ -114,7 +113,7 @@ def main() -> None:
     wanted = [(result.task, result.probabilities) for result in results]
     bodies = [{"text": a, "task": b} for a, b in zip(texts, tasks, strict=True)]
     os.environ["METAPT_ADMIN_TOKEN"] = TOKEN
-    flags = ["--threads", str(args.threads), "--deadline", "60", *args.flags.split()]
+    flags = ["--deadline", "60", *args.flags.split()]
     with server(args.bundle, flags) as (port, _):
         fill(port)
         soak = Soak(port, prepare("/classify", bodies), wanted, names[-1])

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 
 from serve import bundle as bundles
 from serve.bank import Bank, key_of
-from serve.engine import Engine, choose_providers, on_device, physical_cores
+from serve.engine import CUDA, Engine, choose_providers, on_device, physical_cores, share_cores
 from serve.errors import Failure, UserError
 from serve.plan import in_groups, plan
 from serve.task import Task, make_task
@@ -63,6 +65,7 @@ class Classifier:
         bundle: as it was at start.
         encoder: texts to ids (the first of the three stages).
         bank: the constants of the tasks in use.
+        threads, workers: of a batch; batches that may run at the same time.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Classifier:
         precision: str = "fp32",
         *,
         threads: int | None = None,
+        workers: int | None = 1,
         providers: Sequence[str] | None = None,
         token_budget: int = 2048,
         max_rows: int = 32,
@@ -82,7 +86,10 @@ class Classifier:
         """Args:
             bundle: its folder.
             precision: one of the bundle's.
-            threads: for the products of one batch; default: the physical cores.
+            threads: for the products of one batch; default: the physical cores over the workers.
+            workers: batches that `classify` runs side by side, each on its threads. One answers a
+                single text soonest; as many as there are cores classify most texts a second. None:
+                what fills the cores (at most 8; one on a GPU).
             providers: of onnxruntime; default: CUDA where it is there, otherwise the CPU.
             token_budget: padded tokens of a batch, B x S; more gain nothing once the cores are
                 busy, and cost memory.
@@ -101,18 +108,25 @@ class Classifier:
         limit = header["max_tokens"]
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise UserError(f"--max-tokens must be within 1 and {limit}, the bundle's own")
-        if token_budget < 1 or max_rows < 1 or (threads is not None and threads < 1):
-            raise UserError("--token-budget, --max-rows and --threads must be at least 1")
+        if min(token_budget, max_rows, threads or 1, 1 if workers is None else workers) < 1:
+            raise UserError(
+                "--token-budget, --max-rows, --threads and --workers must be at least 1"
+            )
         self.token_budget, self.max_rows = token_budget, max_rows
         self.precision = precision
-        self._threads = threads or physical_cores()
         self._providers = choose_providers(providers)
+        if workers is None and CUDA in self._providers:
+            workers = 1
+        self.threads, self.workers = share_cores(threads, workers, physical_cores())
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="classify")
         graph = self.bundle.graph(precision)
         self._grouped = bool(header.get("grouped"))  # bundles of before have a slot for each row
-        self._engine = Engine(graph, threads=self._threads, providers=self._providers, spin=spin)
+        self._engine = Engine(graph, threads=self.threads, providers=self._providers, spin=spin)
         log.info(
-            "%s: %s on %s, %d threads, %d tasks", self.bundle.folder, precision,
-            self._engine.device, self._threads, len(self.bundle.tasks),
+            "%s: %s on %s, %s, %d tasks", self.bundle.folder, precision, self._engine.device,
+            f"{self.threads} threads" if self.workers == 1
+            else f"{self.workers} batches at a time of {self.threads} threads each",
+            len(self.bundle.tasks),
         )  # fmt: skip
         self.encoder = Encoder(self.bundle.folder / "tokenizer.json", max_tokens or limit)
         self._prefix: Engine | None = None
@@ -128,7 +142,7 @@ class Classifier:
             first_slots=max(1, len(self.tasks)),
         )
         self.max_tasks = self.bank.capacity  # of one batch
-        self.run_cost = _RUN_COST[self._engine.device] * self._threads
+        self.run_cost = _RUN_COST[self._engine.device] * self.threads
         log.info(
             "bank: %.2f MiB for each task, %d tasks fit",
             self.bank.slot_bytes / MIB, self.bank.capacity,
@@ -267,9 +281,13 @@ class Classifier:
         tasks = {name: self.task(name) for name in dict.fromkeys(names)}
         encoded = self.encoder.encode(texts, [tasks[name] for name in names]) if texts else []
         results: list[Result | None] = [None] * len(texts)
-        bounds = self.token_budget, self.max_rows, self.max_tasks, self.run_cost
-        for rows in plan(encoded, *bounds):
-            for row, result in zip(rows, self.run([encoded[i] for i in rows]), strict=True):
+        # Few texts are shared out, so that no worker looks on.
+        most = min(self.max_rows, math.ceil(len(encoded) / self.workers) or 1)
+        batches = plan(encoded, self.token_budget, most, self.max_tasks, self.run_cost)
+        run = self._pool.map if self.workers > 1 and len(batches) > 1 else map
+        answers = run(lambda rows: self.run([encoded[i] for i in rows]), batches)
+        for rows, found in zip(batches, answers, strict=True):
+            for row, result in zip(rows, found, strict=True):
                 results[row] = result
         return [result for result in results if result is not None]
 
@@ -382,7 +400,7 @@ class Classifier:
         # Made at the first need; it shares the weights file, which is mapped, not copied.
         if self._prefix is None:
             path = self.bundle.folder / self.bundle.header["prefix_graph"]
-            self._prefix = Engine(path, threads=self._threads, providers=["CPUExecutionProvider"])
+            self._prefix = Engine(path, threads=self.threads, providers=["CPUExecutionProvider"])
         return self._prefix
 
 

@@ -187,11 +187,11 @@ def application(config: ClusterConfig) -> ray_serve.Application:
     replica = replica.options(
         # Above the bound of our own queue, which is in texts and answers 429; past this one Ray
         # keeps requests in its proxies, up to as many again, and then answers 503.
-        max_ongoing_requests=config.max_queue + config.max_rows * config.workers + _ROOM,
+        max_ongoing_requests=config.max_queue + config.max_rows * (config.workers or 1) + _ROOM,
         max_queued_requests=config.max_queue,
         graceful_shutdown_timeout_s=config.drain,
         ray_actor_options={
-            "num_cpus": (config.threads or 1) * config.workers,
+            "num_cpus": config.cores,
             "num_gpus": config.gpus,
         },
         **scaling,
@@ -273,7 +273,7 @@ def deploy(config: ClusterConfig) -> int:
 
 def _check_cores(config: ClusterConfig) -> None:
     """Raises: UserError when replicas would wait for ever for processors that nobody adds."""
-    needed = config.replicas * (config.threads or 1) * config.workers
+    needed = config.replicas * config.cores
     there = int(ray.cluster_resources().get("CPU", 0))
     if needed > there:
         raise UserError(

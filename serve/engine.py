@@ -14,6 +14,7 @@ from serve.errors import Failure, UserError
 
 log = logging.getLogger(__name__)
 
+_MOST_WORKERS = 8  # by default: each keeps the memory of its largest batch
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DTYPES = {
     "tensor(float)": np.float32,
@@ -43,6 +44,22 @@ def physical_cores(root: Path = Path("/")) -> int:
         if limit != "max":
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
+
+
+def share_cores(threads: int | None, workers: int | None, cores: int) -> tuple[int, int]:
+    """Threads of a batch and batches at a time, so that together they fill the cores.
+
+    Batches side by side on one thread each do more than one batch on all cores: nothing waits for
+    the slowest part of an operator, and what onnxruntime runs on one thread anyway (joining,
+    transposing) leaves no core idle. A lonely text is answered later, though.
+
+    Args:
+        threads, workers: what is given already; None for what fits.
+        cores: the physical cores.
+    """
+    if workers is None:
+        workers = min(_MOST_WORKERS, max(1, cores // (threads or 1)))
+    return threads or max(1, cores // workers), workers
 
 
 def choose_providers(wanted: Sequence[str] | None) -> list[str]:

@@ -48,7 +48,6 @@ class Limits:
     max_queue: int = 1024
     deadline: float = 10.0
     max_body: int = 2**20
-    workers: int = 1
     linger: float = 1.0
     drain: float = 30.0
 
@@ -87,7 +86,7 @@ class App:
             max_queue=limits.max_queue,
             deadline=limits.deadline,
             run_cost=classifier.run_cost,
-            workers=limits.workers,
+            workers=classifier.workers,
             observer=self.metrics,
         )
         self.side = ThreadPoolExecutor(1, thread_name_prefix="side")  # long texts

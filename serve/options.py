@@ -18,7 +18,14 @@ class ModelConfig:
 
     bundle: str = option(help="folder of the bundle", positional=True)
     precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
-    threads: int | None = option(None, help="threads; default: the physical cores", minimum=1)
+    threads: int | None = option(
+        None, help="threads of a batch; default: the physical cores over the workers", minimum=1
+    )
+    workers: int | None = option(
+        None, minimum=1, maximum=64,
+        help="batches that run at the same time; default: the physical cores (at most 8) over the "
+        "threads, one on a GPU. 1 answers a lonely text soonest",
+    )  # fmt: skip
     providers: list[str] | None = option(
         None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
     )
@@ -51,8 +58,6 @@ class ServerConfig(ModelConfig):
         10.0, help="seconds from arrival to answer; past it 504", minimum=0.001
     )
     max_body: float = option(1.0, help="MiB of a request's body; past it 413", minimum=0.001)
-    workers: int = option(1, help="batches that run at the same time, each on its threads",
-                          minimum=1, maximum=64)  # fmt: skip
     drain: float = option(
         30.0, help="seconds that accepted requests get to finish at the end", minimum=0
     )
@@ -74,6 +79,9 @@ class ClusterConfig(ServerConfig):
     )  # fmt: skip
     # Replicas, not threads, fill a node's cores: two batches side by side do more for short texts.
     threads: int | None = option(1, help="threads of a batch", minimum=1)
+    workers: int | None = option(
+        1, help="batches that a replica runs at the same time", minimum=1, maximum=64
+    )
     replicas: int = option(1, help="replicas at least", minimum=1)
     max_replicas: int | None = option(
         None, help="replicas at most; default: as many as --replicas, no scaling", minimum=1
@@ -91,6 +99,11 @@ class ClusterConfig(ServerConfig):
         False, help="end when the replicas are ready and leave them running (not with local)"
     )
 
+    @property
+    def cores(self) -> int:
+        """That a replica takes."""
+        return (self.threads or 1) * (self.workers or 1)
+
     examples: ClassVar[list[str]] = [
         "bundle --replicas 2",
         "/shared/bundle --ray auto --replicas 2 --max-replicas 16 --host 0.0.0.0 --detach",
@@ -105,6 +118,7 @@ def make_classifier(config: ModelConfig, kind: Any, spin: bool) -> Any:
         config.bundle,
         config.precision,
         threads=config.threads,
+        workers=config.workers,
         providers=config.providers,
         token_budget=config.token_budget,
         max_rows=config.max_rows,
@@ -124,7 +138,6 @@ def make_limits(config: ServerConfig, linger: float = 0.0) -> Limits:
         max_queue=config.max_queue,
         deadline=config.deadline,
         max_body=int(config.max_body * 2**20),
-        workers=config.workers,
         linger=linger,
         drain=config.drain,
     )

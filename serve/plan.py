@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -54,8 +55,7 @@ def plan(
 
 def in_groups(slots: Sequence[int]) -> tuple[list[int], list[int]]:
     """How a batch's rows are given to a graph that reads what a task's rows share only once: the
-    rows of a task together, as many of each task. A batch that is not of that form is given row
-    by row.
+    rows of a task together, in groups of one size: the largest that divides every task's rows.
 
     Args:
         slots: of each row, its task's slot in the bank.
@@ -65,6 +65,8 @@ def in_groups(slots: Sequence[int]) -> tuple[list[int], list[int]]:
         number of rows.
     """
     counts = Counter(slots)
-    if len(set(counts.values())) > 1:
+    size = math.gcd(*counts.values())
+    if size == 1:
         return list(range(len(slots))), list(slots)
-    return sorted(range(len(slots)), key=slots.__getitem__), sorted(counts)
+    order = sorted(range(len(slots)), key=slots.__getitem__)
+    return order, [slots[place] for place in order[::size]]

@@ -56,7 +56,7 @@ class FakeClassifier:
 
     def __init__(self, *, token_budget: int = 1000, max_rows: int = 8, max_tasks: int = 3) -> None:
         self.token_budget, self.max_rows, self.max_tasks = token_budget, max_rows, max_tasks
-        self.run_cost = 24
+        self.run_cost, self.workers = 24, 1
         self.tasks = {"film": task("film"), "food": task("food", ("no", "so", "yes"))}
         self.encoder = FakeEncoder()
         self.bundle = SimpleNamespace()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,38 @@ def test_results_keep_the_order_whatever_the_batches(folder: Path) -> None:
     for a, b in zip(single.classify(texts, tasks), together.classify(texts, tasks), strict=True):
         assert (a.label, a.task) == (b.label, b.task)
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+
+
+def test_batches_side_by_side_give_the_same_answers(folder: Path) -> None:
+    texts = [f"{text} film" for text in TEXTS] * 5 + TEXTS
+    tasks = ["film" if i % 3 else "food" for i in range(len(texts))]
+    alone = Classifier(folder, threads=1).classify(texts, task=tasks)
+    beside = Classifier(folder, threads=1, workers=3)
+    started: list[int] = []
+    barrier = threading.Barrier(3)
+
+    def run(batch: list[Encoded]) -> list[Any]:
+        if len(started) < 3:
+            started.append(len(batch))
+            barrier.wait(10)  # it breaks unless three batches run at once
+        return beside.read_out(batch, beside.logits(batch))
+
+    beside.run = run  # type: ignore[assignment, method-assign]
+    for one, other in zip(alone, beside.classify(texts, task=tasks), strict=True):
+        assert (one.label, one.task) == (other.label, other.task)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    assert max(started) <= 8  # 24 texts are shared out among three
+
+
+def test_a_failure_of_a_batch_beside_others_is_raised(folder: Path) -> None:
+    beside = Classifier(folder, threads=1, workers=2)
+
+    def run(batch: list[Encoded]) -> list[Any]:
+        raise Failure("this batch failed")
+
+    beside.run = run  # type: ignore[assignment, method-assign]
+    with pytest.raises(Failure, match="this batch failed"):
+        beside.classify(TEXTS * 3, task="film")
 
 
 def test_a_long_text_is_cut_and_its_template_is_kept(folder: Path) -> None:

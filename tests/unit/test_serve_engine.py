@@ -12,7 +12,7 @@ import pytest
 import serve_toy as toy
 
 from serve.classifier import Classifier
-from serve.engine import CPU, CUDA, Engine, choose_providers, on_device, physical_cores
+from serve.engine import CPU, CUDA, Engine, choose_providers, on_device, physical_cores, share_cores
 from serve.errors import Failure, UserError
 
 
@@ -171,3 +171,23 @@ def test_warming_names_a_damaged_prompt(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(Failure, match=path.name):
         classifier.warm()
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "cores", "wanted"),
+    [
+        (None, None, 1, (1, 1)),
+        (None, None, 2, (1, 2)),
+        (None, None, 12, (1, 8)),
+        (None, None, 64, (8, 8)),
+        (None, 1, 6, (6, 1)),
+        (None, 3, 2, (1, 3)),
+        (4, None, 12, (4, 3)),
+        (2, None, 1, (2, 1)),
+        (3, 5, 2, (3, 5)),
+    ],
+)
+def test_cores_are_shared_by_what_is_not_given(
+    threads: int | None, workers: int | None, cores: int, wanted: tuple[int, int]
+) -> None:
+    assert share_cores(threads, workers, cores) == wanted

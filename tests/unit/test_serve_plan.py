@@ -20,6 +20,12 @@ def test_tasks_with_more_and_fewer_rows_are_given_row_by_row() -> None:
     assert in_groups([4, 2, 2]) == ([0, 1, 2], [4, 2, 2])
 
 
+def test_groups_are_as_large_as_every_task_allows() -> None:
+    """Four rows of task 3 and six of task 1: pairs."""
+    slots = [3, 1, 1, 3, 1, 3, 1, 3, 1, 1]
+    assert in_groups(slots) == ([1, 2, 4, 6, 8, 9, 0, 3, 5, 7], [1, 1, 1, 3, 3])
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_every_row_is_given_once_and_with_its_own_task(slots: list[int]) -> None:
     order, groups = in_groups(slots)
