@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -60,17 +61,16 @@ print("MIB", int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read()
 def start(script: str) -> tuple[float, float]:
     """Run a script; seconds to its first line of output, and its MiB then."""
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script + MEMORY],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    seconds = time.perf_counter() - begun
-    rest, errors = process.communicate()
-    found = re.search(r"^MIB (\S+)", rest, re.M)
-    if not first or found is None:
-        raise SystemExit(errors)
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+        [sys.executable, "-c", script + MEMORY], stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        seconds = time.perf_counter() - begun
+        found = re.search(r"^MIB (\S+)", process.stdout.read(), re.M)
+        if not first or found is None:
+            errors.seek(0)
+            raise SystemExit(f"the script ended without an answer\n{errors.read()}")
     return seconds, float(found[1])
 
 
