@@ -195,7 +195,8 @@ class Loop:
                     saved = time.monotonic()
         except BaseException:
             if state.step:
-                self._save()
+                with workers().undisturbed():
+                    self._save()
             raise
         finally:
             bar.close()

@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -130,6 +131,18 @@ class Workers:
         numbers = torch.tensor(list(values.values()), dtype=torch.float64)
         numbers = self.sum(numbers.to(self._accelerator.device))
         return dict(zip(values, numbers.tolist(), strict=True))
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Ignore the launcher's SIGTERM: a broken connection is often noticed before it comes."""
+        if self._accelerator is None:
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def wait(self) -> None:
         """Let all processes arrive here before any goes on."""
