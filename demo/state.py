@@ -265,13 +265,11 @@ class Room:
         return next((t for t in self.bundled.values() if t.info.get("method") == method), None)
 
     def lesson_starts(self) -> dict[str, Task]:
-        """The prompts that a lesson may begin with: MetaPT's, or else all of different origin."""
+        """The prompts that a lesson may begin with: MetaPT's, or else all tasks' own."""
         metapt = self.start("metapt")
         if metapt is not None:
             return {"metapt": metapt}
-        words = self.start("start")
-        tasks = [self.bundled[name] for name in self.main_tasks()[:_MOST_STARTS]]
-        return {task.name: task for task in ([words] if words else []) + tasks}
+        return {name: self.bundled[name] for name in self.main_tasks()[:_MOST_STARTS]}
 
     def variants(self, session: str, name: str) -> dict[str, str]:
         """The prompts that a task can be read with: kind -> the classifier's task name.

@@ -1,4 +1,4 @@
-"""Teaching: from a handful of examples to a task that is served, from the best start and at random.
+"""Teaching: from a handful of examples to a task that is served, from several starts.
 
 The prompt is tuned by `trainer.tune`, in a thread; what it measures comes out of an iterator.
 """
@@ -35,7 +35,7 @@ ROWS = 16  # a step; half of appendix A.4's 32 reached the same loss in as many 
 RATE = 1e-2
 SEED = 1
 MAX_TOKENS = 128  # of an example
-RUNS = ("best", "random")  # the starts of a lesson
+RUNS = ("best", "words", "random")  # the starts of a lesson, in their order
 
 
 class Cancelled(Exception):
@@ -61,7 +61,7 @@ class Step:
     """One evaluation of a run.
 
     Attributes:
-        run: `best` or `random` (the start); step: of the optimizer.
+        run: one of `RUNS` (the start); step: of the optimizer.
         loss: of the training batch, None before the first step; accuracy: on held-out examples.
     """
 
@@ -77,7 +77,7 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        name: of the prompt in the bundle, `words` or `random`; among: of how many it is the best.
+        name: of the prompt in the bundle, or `words`, `random`; among: of how many it is the best.
         params: its tensors, requiring gradients.
     """
 
@@ -100,6 +100,14 @@ class Lessons:
     prompts: dict[str, Prompt] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     held: int = 0
+
+    def winner(self) -> str:
+        """The run that ended with the lowest loss on the held-out examples; its prompt is served.
+
+        No start is the best for every lesson: one that judges opinions is a detour to a task that
+        asks for something else.
+        """
+        return min(self.prompts, key=lambda run: self.prompts[run].task.figures["validation_loss"])
 
 
 def parse_labels(value: str) -> list[str]:
@@ -197,15 +205,13 @@ def load_backbone(name: str, sha256: str) -> Backbone:
 
 
 def choose_start(room: Room, backbone: Backbone, task: Task, train: Any) -> Start:
-    """Where the better run begins: at the bundle's MetaPT prompt.
+    """Where the first run begins: at the bundle's MetaPT prompt.
 
-    A bundle without one lets all its prompts, and common words of the vocabulary, answer the
-    training examples as they are, and takes the one of the lowest loss (after SPoT's retrieval of
-    a source prompt, Vu et al. 2022).
+    A bundle without one lets all its prompts answer the training examples as they are, and takes
+    the one of the lowest loss (after SPoT's retrieval of a source prompt, Vu et al. 2022).
     """
     import torch
 
-    from trainer.initial import initial_params
     from trainer.modes import deepen
     from trainer.rows import Rows, Scorer
 
@@ -216,8 +222,8 @@ def choose_start(room: Room, backbone: Backbone, task: Task, train: Any) -> Star
         arrays = bundle.read_prompt(source)
         params = {key: torch.from_numpy(arrays[key]).to(backbone.device) for key in keys}
         found[name] = deepen(backbone.t5, params) if bundle.mode == "deep" else params
-    if room.start("metapt") is None and room.start("start") is None:
-        found["words"] = initial_params(backbone, "vocab", bundle.mode, bundle.prompt_tokens, SEED)
+    if not found:  # a bundle of starting points only
+        return plain_start(room, backbone, "words", bundle.prompt_tokens)
     best = next(iter(found))
     if len(found) > 1:
         scorer = Scorer.of(backbone, task, bundle.mode)
@@ -228,18 +234,19 @@ def choose_start(room: Room, backbone: Backbone, task: Task, train: Any) -> Star
     return Start(best, len(found), params)
 
 
-def random_start(room: Room, backbone: Backbone, tokens: int) -> Start:
-    """Random numbers of P = `tokens`."""
+def plain_start(room: Room, backbone: Backbone, kind: str, tokens: int) -> Start:
+    """P = `tokens` common `words` of the vocabulary, or `random` numbers."""
     from trainer.initial import initial_params
 
     mode = room.classifier.bundle.mode
-    return Start("random", 1, initial_params(backbone, "random", mode, tokens, SEED))
+    init = "vocab" if kind == "words" else kind
+    return Start(kind, 1, initial_params(backbone, init, mode, tokens, SEED))
 
 
 def study(
     room: Room, lesson: Lesson, cancel: threading.Event, lessons: Lessons
 ) -> Iterator[Step | None]:
-    """Tune from both starts; yields every evaluation, and None each half second without one.
+    """Tune from every start; yields every evaluation, and None each half second without one.
 
     `lessons.prompts` gains a start's prompt as soon as its run has ended.
 
@@ -299,7 +306,7 @@ def _study_one(
             if run == "best":
                 start = choose_start(room, backbone, task, train)
             else:
-                start = random_start(room, backbone, lessons.prompts["best"].tokens)
+                start = plain_start(room, backbone, run, lessons.prompts["best"].tokens)
             lessons.starts[run] = start
             # The run changes its tensors; the start is shown later as it was.
             params = {k: v.detach().clone().requires_grad_() for k, v in start.params.items()}

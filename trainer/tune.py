@@ -177,6 +177,7 @@ def tune(
         quiet=quiet,
     )
     best = loop.run()
+    assert loop.state.best is not None  # the start is evaluated before the first step
     scores = scorer.all(best, held)
     temperature = fit_temperature(scores, torch.from_numpy(held.labels))
     result = figures(scores, held.labels, task.labels, temperature)
@@ -196,6 +197,7 @@ def tune(
             "validation_accuracy": result["accuracy"],
             "validation_macro_f1": result["macro_f1"],
             "validation_calibration_error": result["calibration_error"],
+            "validation_loss": loop.state.best.loss,
             "steps": loop.state.step,
             "best_step": loop.state.best_step,
         },

@@ -116,7 +116,7 @@ def build(room: Room) -> None:
         gr.ScatterPlot(
             map_table(found["map"]), x="x", y="y", color="cluster", height=460,
             tooltip=["cluster", "label", "text"], x_title=" ", y_title=" ", elem_id="bonnet-map",
-            title="The clusters that MetaPT saw, each a task of its own (t-SNE)",
+            title="MetaPT's tasks: clusters (t-SNE)",
         )  # fmt: skip
     curves = found.get("curves") or {}
     if curves:

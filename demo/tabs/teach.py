@@ -31,23 +31,23 @@ from demo.teach import (
 from serve.errors import UserError
 
 _REDRAW = 0.7  # seconds between two drawings of the curves, which cost a browser more than a step
-_COLOURS = {"MetaPT start": "#0d9488", "best shipped start": "#0d9488",
+_COLOURS = {"MetaPT start": "#0d9488", "shipped prompt": "#0d9488", "common words": "#6366f1",
             "random start": "#d97706"}  # fmt: skip
 
 
 def run_titles(room: Room) -> dict[str, str]:
-    """What the two runs are called, by the starts that the bundle carries."""
-    best = "MetaPT start" if room.start("metapt") is not None else "best shipped start"
-    return {"best": best, "random": "random start"}
+    """What the runs are called, by the starts that the bundle carries."""
+    best = "MetaPT start" if room.start("metapt") is not None else "shipped prompt"
+    return {"best": best, "words": "common words", "random": "random start"}
 
 
 def start_words(room: Room) -> str:
-    """The lead's words for the better start."""
+    """The lead's words for the first start."""
     if room.start("metapt") is not None:
         return "the MetaPT start"
     return (
-        "the best start that ships (of this bundle's prompts and a prompt of common words, the one "
-        "that answers your examples best as it is; MetaPT's does not ship yet)"
+        "the prompt of this bundle that answers your examples best as it is (a MetaPT start does "
+        "not ship yet)"
     )
 
 
@@ -63,7 +63,7 @@ def curves(steps: list[Step], runs: dict[str, str]) -> tuple[pd.DataFrame, pd.Da
     rows: list[tuple[Any, ...]] = [
         (step.step, runs[step.run], step.validation_loss, 100 * step.accuracy) for step in steps
     ]
-    # The plot takes its colours from the first data it sees: both runs must be among them.
+    # The plot takes its colours from the first data it sees: every run must be among them.
     missing = set(runs) - {step.run for step in steps}
     rows += [(0, runs[run], None, None) for run in sorted(missing)]
     table = pd.DataFrame(rows, columns=["step", "start", "loss", "accuracy"])
@@ -91,7 +91,7 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
 
 
 def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> str:
-    """What the two runs reached, in words."""
+    """What the runs reached, in words."""
     parts = []
     for run, title in runs.items():
         if run in lessons.prompts:
@@ -101,14 +101,14 @@ def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> st
                 f"(best at step {figures['best_step']} of {figures['steps']})"
             )
     words = ", ".join(plain(word) for word in lessons.words)
-    start = lessons.starts["best"]
+    start, best = lessons.starts["best"], runs["best"]
     began = ""
-    if start.among > 1:
-        name = "common words" if start.name == "words" else f"the prompt of “{plain(start.name)}”"
-        began = f" It began with {name}, the best of {start.among} for these examples."
+    if start.name != "metapt":
+        began = f" The {best} is that of “{plain(start.name)}”, of {start.among} tried."
     return (
-        f"Accuracy on the {lessons.held} examples held out: {'; '.join(parts)}. As served by "
-        f"onnxruntime: {served_right} of {lessons.held}. Label words: {words}.{began}"
+        f"Accuracy on the {lessons.held} examples held out: {'; '.join(parts)}. Served is the "
+        f"prompt of the lowest loss on them, from {runs[lessons.winner()]}: onnxruntime answers "
+        f"{served_right} of {lessons.held} right. Label words: {words}.{began}"
     )
 
 
@@ -118,9 +118,9 @@ def build(room: Room) -> TeachTab:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.Markdown(
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
-        "prompt is tuned on two thirds of them and tested on the rest, once from "
-        f"{start_words(room)} and once from random numbers. It is served in every tab at once, to "
-        "you alone, until you close the page.",
+        f"prompt is tuned on two thirds of them and tested on the rest: from {start_words(room)}, "
+        "from common words and from random numbers. The best of the three is served in every tab, "
+        "to you alone, until you close the page.",
         elem_classes="lead",
     )
     with gr.Row():
@@ -215,7 +215,7 @@ def build(room: Room) -> TeachTab:
             yield idle(gr.skip(), error)
             return
         visitor.cancel.clear()
-        lessons, steps, early, drawn = Lessons(), [], False, 0.0
+        lessons, steps, served_runs, drawn = Lessons(), [], 0, 0.0
         hide = gr.update(visible=False)
         yield ("Loading the backbone …", hide, hide, hide, gr.skip(), off, on, say(None))
         try:
@@ -224,10 +224,10 @@ def build(room: Room) -> TeachTab:
                 if item is None:
                     continue
                 steps.append(item)
-                if item.run == "random" and not early:
-                    # The first run is done: its prompt need not wait for the comparison.
+                if len(lessons.prompts) > served_runs:
+                    # A run is done: its prompt need not wait for the comparison.
                     serve(session, visitor, lesson, lessons)
-                    early = True
+                    served_runs = len(lessons.prompts)
                 if time.monotonic() - drawn < _REDRAW:
                     continue
                 drawn = time.monotonic()
@@ -238,17 +238,17 @@ def build(room: Room) -> TeachTab:
                 )
                 skip = gr.skip()
                 plots = [gr.update(value=table, visible=True) for table in (points, curve)]
-                yield line, *plots, skip, lesson.name if early else skip, skip, skip, skip
+                yield line, *plots, skip, lesson.name if served_runs else skip, skip, skip, skip
             right = serve(session, visitor, lesson, lessons)
             curve, points = curves(steps, runs)
         except Cancelled:
-            kept = "The comparison was cancelled; the task is served." if early else ""
+            kept = "The comparison was cancelled; the task is served." if served_runs else ""
             yield idle(kept or "Cancelled. Nothing was kept.")
             return
         except KNOWN as error:
             yield idle("Not taught.", error)
             return
-        path = write_zip(lessons.prompts["best"])
+        path = write_zip(lessons.prompts[lessons.winner()])
         yield (
             f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
             + result_line(lessons, right, runs),
@@ -264,10 +264,12 @@ def build(room: Room) -> TeachTab:
         """Serve what has been learned; returns how many held-out examples the graph gets right."""
         from demo.teach import split
 
-        record, arrays = served(room, lessons.prompts["best"])
-        variants = {}
-        if "random" in lessons.prompts:
-            variants["from-random"] = served(room, lessons.prompts["random"])[1]
+        winner = lessons.winner()
+        record, arrays = served(room, lessons.prompts[winner])
+        variants = {
+            f"from-{run}": served(room, prompt)[1]
+            for run, prompt in lessons.prompts.items() if run != winner
+        }  # fmt: skip
         start = lessons.starts["best"]
         variants["metapt" if start.name == "metapt" else "start-of-lesson"] = start.arrays()
         tries = sample.TRY if lesson.labels == list(sample.EXAMPLES) else lesson.texts[:3]

@@ -188,7 +188,7 @@ def test_a_cancelled_comparison_leaves_the_task_that_was_learnt(
 ) -> None:
     fill_lesson(screen, tmp_path / "lesson.csv", "kept")
     screen.click("#teach-go")
-    screen.until(lambda: "random start, step" in screen.text("#teach-status"), "the second run")
+    screen.until(lambda: "common words, step" in screen.text("#teach-status"), "the second run")
     screen.click("#teach-cancel")
     screen.until(lambda: "the task is served" in screen.text("#teach-status"), "the cancellation")
     screen.tab("Classify")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("gradio")
 
 from demo.lesson import EXAMPLES
-from demo.teach import make_lesson, parse_labels, split
+from demo.teach import Lessons, make_lesson, parse_labels, split
 from demo.words import choose_words, whole_words
 from serve.errors import UserError
 
@@ -99,6 +101,16 @@ def test_a_label_that_mini_has_no_token_for_gets_the_nearest_word() -> None:
     assert words[0] == "good"
     vocabulary = backbone.tokenizer.get_vocab()
     assert words[1].isalpha() and words[1] in vocabulary and words[1] != "good"
+
+
+def test_the_run_of_the_lowest_held_out_loss_is_served() -> None:
+    def prompt(loss: float) -> Any:
+        return SimpleNamespace(task=SimpleNamespace(figures={"validation_loss": loss}))
+
+    lessons = Lessons(prompts={"best": prompt(0.7), "words": prompt(0.4), "random": prompt(0.5)})
+    assert lessons.winner() == "words"
+    del lessons.prompts["words"]
+    assert lessons.winner() == "random"
 
 
 def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
