@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from serve.errors import Failure, UserError
 from serve.files import sha256
 from trainer.readout import BLANK
+from trainer.sharding import WHOLE, Shards
 from trainer.t5 import FrozenT5
 
 log = logging.getLogger(__name__)
@@ -116,12 +117,14 @@ def load_backbone(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
+    shards: Shards = WHOLE,
 ) -> Backbone:
     """Load a T5 for training prompts on it.
 
     Args:
         name: `mini`, a folder, or a Hugging Face id.
         trainable: keep its weights trainable (full tuning only).
+        shards: which part of the weights to keep; the device gets no more than that.
 
     Raises:
         UserError: the name or the folder is wrong. Failure: it is damaged or out of reach.
@@ -147,7 +150,8 @@ def load_backbone(
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Failure(f"backbone {folder} cannot be read ({reason}): fetch it again") from None
-    model.to(device)  # type: ignore[arg-type]
     if tokenizer.convert_tokens_to_ids(BLANK) in (None, tokenizer.unk_token_id):
         raise UserError(f"the tokenizer of backbone '{name}' has no {BLANK}: it is not T5's")
-    return Backbone(name, digest, FrozenT5(model, trainable=trainable), tokenizer, folder)
+    t5 = FrozenT5(model, trainable=trainable, shards=shards)
+    t5.to(device)
+    return Backbone(name, digest, t5, tokenizer, folder)

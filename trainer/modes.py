@@ -23,6 +23,7 @@ from serve.errors import UserError
 from trainer.t5 import FrozenT5, Segment
 
 Params = dict[str, Tensor]
+_HEADS = -3  # the axis of `kv` that tensor parallelism divides
 MODES = ("full", "prefix", "deep")
 
 
@@ -41,10 +42,16 @@ def steer_full(t5: FrozenT5, params: Params, text: Tensor, mask: Tensor) -> list
 def steer_prefix(t5: FrozenT5, params: Params, text: Tensor, mask: Tensor) -> list[Segment]:
     """The prompt is encoded once a group, the text attends to it. See `Steer`."""
     kv, states = t5.prefix(params["prompt_embeddings"])
-    return steer_deep(t5, {"kv": kv, "states": states}, text, mask)
+    return steer_constants(t5, {"kv": kv, "states": states}, text, mask)
 
 
 def steer_deep(t5: FrozenT5, params: Params, text: Tensor, mask: Tensor) -> list[Segment]:
+    """Keys and values of every layer are the parameters. See `Steer`."""
+    own = {"kv": t5.shards.own(params["kv"], _HEADS), "states": params["states"]}
+    return steer_constants(t5, own, text, mask)
+
+
+def steer_constants(t5: FrozenT5, params: Params, text: Tensor, mask: Tensor) -> list[Segment]:
     """The text attends to given keys and values, the decoder to given states. See `Steer`."""
     kv, prompt_states = params["kv"], params["states"]
     states = t5.encode(text, mask, kv)
@@ -58,7 +65,12 @@ def _grouped(states: Tensor, mask: Tensor, groups: int) -> Segment:
 # (t5, params with a leading axis G, text [B, S, D], mask bool [B, S]) -> the decoder's memory
 Steer = Callable[[FrozenT5, Params, Tensor, Tensor], list[Segment]]
 
-_STEER: dict[str, Steer] = {"full": steer_full, "prefix": steer_prefix, "deep": steer_deep}
+_STEER: dict[str, Steer] = {
+    "full": steer_full,
+    "prefix": steer_prefix,
+    "deep": steer_deep,
+    "constants": steer_constants,  # the second stage of `prefix`, see `Scorer.stages`
+}
 
 
 def steer(mode: str) -> Steer:
@@ -90,4 +102,4 @@ def deepen(t5: FrozenT5, params: Params) -> Params:
     if "kv" in params:
         return params
     kv, states = t5.prefix(params["prompt_embeddings"][None])
-    return {"kv": kv[0].clone(), "states": states[0].clone()}
+    return {"kv": t5.shards.gather(kv[0], _HEADS).clone(), "states": states[0].clone()}

@@ -28,8 +28,17 @@ class BackboneOptions:
     seed: int = option(1, help="seed of every random draw", minimum=0)
 
     def load_backbone(self, *, trainable: bool = False) -> Backbone:
-        """The backbone on its device."""
-        return load_backbone(self.backbone, device=pick_device(self.device), trainable=trainable)
+        """The backbone on its device, or this process's part of it.
+
+        Raises:
+            UserError: it is to be trained, but divided over the processes.
+        """
+        if trainable:
+            workers().check_whole("full tuning")
+        return load_backbone(
+            self.backbone, device=pick_device(self.device), trainable=trainable,
+            shards=workers().shards,
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)

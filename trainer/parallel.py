@@ -4,8 +4,11 @@ The rows of a step (for MetaPT its tasks) are divided over the processes and the
 summed, so every process takes the step that one process alone would have taken. Evaluation runs in
 all of them on the same rows, which keeps their decisions (best, patience) equal without messages.
 
-What accelerate is configured with arrives in the environment: the processes, and the precision.
-Sharded weights (FSDP, DeepSpeed) are refused: every method here reads the backbone's weights
+A backbone that does not fit on one device is divided instead (tensor parallelism): then all
+processes take all rows, each with its part of the weights (`trainer.sharding`).
+
+What accelerate is configured with arrives in the environment: the processes, the precision, and the
+tensor parallelism. FSDP and DeepSpeed are refused: every method here reads the backbone's weights
 outside of the modules' own forward, which is where those gather them.
 """
 
@@ -25,12 +28,17 @@ from torch import Tensor
 
 from serve.errors import Failure, UserError
 from trainer.modes import Params
+from trainer.sharding import WHOLE, Shards
 
 logger = logging.getLogger(__name__)
 
 _GONE = (
     "another process of this run died: start the same command again, and it goes on from the last "
     "checkpoint"
+)
+_DIVIDE = (
+    "to divide the backbone over all processes add --use_fsdp --fsdp_version 2 "
+    "--use_parallelism_config --parallelism_config_tp_size N, N as --num_processes"
 )
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
@@ -41,6 +49,7 @@ class Workers:
     Attributes:
         rank: number of this process, from 0; count: how many there are.
         precision: accelerate's mixed precision, "no" or "bf16".
+        shards: which part of the backbone's weights is this process's.
 
     Raises:
         UserError: accelerate is not installed, or configured for what is not supported.
@@ -51,11 +60,16 @@ class Workers:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self._accelerator: Any = None
+        self._divided = _tensor_parallelism() > 1
+        self.shards = WHOLE
         for flag, name in _SHARDED.items():
-            if os.environ.get(f"ACCELERATE_USE_{flag}", "false").lower() in ("true", "1"):
+            # Its launcher lets tensor parallelism through with FSDP 2 only, which is then not used.
+            if os.environ.get(f"ACCELERATE_USE_{flag}", "false").lower() in ("true", "1") and not (
+                self._divided and flag == "FSDP"
+            ):
                 raise UserError(
-                    f"accelerate is configured for {name}, which shards the backbone's weights: "
-                    "that is not supported; choose MULTI_GPU or MULTI_CPU in `accelerate config`"
+                    f"accelerate is configured for {name}, which gathers weights where this "
+                    f"trainer cannot use them: {_DIVIDE}"
                 )
         if self.precision not in ("no", "bf16"):
             raise UserError(
@@ -76,11 +90,18 @@ class Workers:
                 ) from None
             # The launcher ends the processes that are left; the run is to be saved before that.
             signal.signal(signal.SIGTERM, _ended)
+            if self._divided:
+                # The mesh and the wrapping that these ask for are for models given to accelerate.
+                os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG")
+                os.environ.pop("ACCELERATE_USE_FSDP", None)
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            if self._divided:
+                self.shards = Shards(self.rank, self.count, self.sum)
             if self.main:
                 logger.info(
-                    "%d processes of accelerate, precision %s, first on %s",
+                    "%d processes of accelerate, precision %s, first on %s%s",
                     self.count, "fp32" if self.precision == "no" else self.precision, self.device,
+                    ", each with a part of the backbone" if self._divided else "",
                 )  # fmt: skip
 
     @property
@@ -93,8 +114,25 @@ class Workers:
         """The device that accelerate gave this process; None where it is alone."""
         return None if self._accelerator is None else self._accelerator.device
 
+    def check_whole(self, what: str) -> None:
+        """Refuse to divide weights that are trained.
+
+        Raises:
+            UserError: accelerate is configured for tensor parallelism.
+        """
+        if self._divided:
+            raise UserError(
+                f"{what} trains the backbone's weights, which cannot be divided over processes: "
+                "start it without --use_parallelism_config"
+            )
+
     def share(self, size: int) -> np.ndarray:
-        """The numbers, of `size` rows or tasks, that are this process's: int [size / count]."""
+        """The numbers, of `size` rows or tasks, that are this process's: int [size / count].
+
+        All of them where the weights are divided instead.
+        """
+        if self._divided:
+            return np.arange(size)
         return np.array_split(np.arange(size), self.count)[self.rank]
 
     def sum_gradients(self, params: Params) -> None:
@@ -103,7 +141,7 @@ class Workers:
             return
         for value in params.values():
             gradient = torch.zeros_like(value) if value.grad is None else value.grad
-            value.grad = self.sum(gradient)
+            value.grad = self._of_rows(self.sum(gradient))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes.
@@ -129,8 +167,13 @@ class Workers:
         if self._accelerator is None:
             return values
         numbers = torch.tensor(list(values.values()), dtype=torch.float64)
-        numbers = self.sum(numbers.to(self._accelerator.device))
+        numbers = self._of_rows(self.sum(numbers.to(self._accelerator.device)))
         return dict(zip(values, numbers.tolist(), strict=True))
+
+    def _of_rows(self, total: Tensor) -> Tensor:
+        # With divided weights every process has the whole gradient already; the mean of equal
+        # numbers keeps them equal to the last bit.
+        return total / self.count if self._divided else total
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -152,6 +195,22 @@ class Workers:
 
 def _ended(_signal: int, _frame: Any) -> None:
     raise Failure(_GONE)
+
+
+def _tensor_parallelism() -> int:
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return 1
+    sizes = {
+        name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+        for name in ("TP", "DP_REPLICATE", "DP_SHARD", "CP", "SP")
+    }
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if sizes.pop("TP") != count or max(sizes.values()) > 1:
+        raise UserError(
+            f"the backbone is divided over all {count} processes or over none: pass "
+            f"--parallelism_config_tp_size {count} and leave the configuration's other sizes at 1"
+        )
+    return count
 
 
 @cache

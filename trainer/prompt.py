@@ -232,7 +232,7 @@ def check_fits(prompt: Prompt, backbone: Backbone, source: str | Path = "the pro
         )
     if "kv" in prompt.params:
         got = tuple(prompt.params["kv"].shape)
-        want = (t5.layers, 2, t5.heads, prompt.tokens, t5.head_width)
+        want = (t5.layers, 2, t5.heads * t5.shards.count, prompt.tokens, t5.head_width)
         if got != want:
             raise UserError(
                 f"{source} holds keys and values {list(got)}, but backbone '{backbone.name}' needs "

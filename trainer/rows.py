@@ -91,14 +91,14 @@ class Scorer:
         """The score in two stages, in mode `prefix`: a prompt's constants, then the texts."""
         if self.mode != "prefix":
             return None
-        deep = Scorer.__new__(Scorer)  # the words are looked up already
-        deep.__dict__.update(self.__dict__, mode="deep")
+        second = Scorer.__new__(Scorer)  # the words are looked up already
+        second.__dict__.update(self.__dict__, mode="constants")
 
         def constants(params: Params) -> Params:
             kv, states = self.backbone.t5.prefix(params["prompt_embeddings"])
             return {"kv": kv, "states": states}
 
-        return Stages(constants, deep)
+        return Stages(constants, second)
 
     @torch.no_grad()
     def all(

@@ -223,7 +223,8 @@ def meta_train(
     alpha = float(config.inner_rate) or _search_rate(scorer, params, batches)
     rates = InnerRates(params, alpha, learned=config.learn_rates)
     trained = {**params, **rates.trained}
-    stages = scorer.stages()
+    # Stages take batched gradients, which sums over processes have no rule for.
+    stages = scorer.stages() if workers().shards.count == 1 else None
 
     def gradient(step: int) -> dict[str, float]:
         team = workers()

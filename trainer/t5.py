@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
+from trainer.sharding import WHOLE, Shards, divide
+
 
 @dataclass
 class Segment:
@@ -124,15 +126,24 @@ class FrozenT5(nn.Module):
 
     Args:
         model: the Hugging Face model; its parameters stop requiring gradients, dropout is off.
+        shards: which part of the weights to keep; H is then the number of heads in this process.
     """
 
-    def __init__(self, model: T5ForConditionalGeneration, *, trainable: bool = False):
+    def __init__(
+        self,
+        model: T5ForConditionalGeneration,
+        *,
+        trainable: bool = False,
+        shards: Shards = WHOLE,
+    ):
         super().__init__()
         self.model = model.eval()
         self.model.requires_grad_(trainable)
+        divide(model, shards)
+        self.shards = shards
         config = model.config
         self.width: int = config.d_model
-        self.heads: int = config.num_heads
+        self.heads: int = config.num_heads // shards.count
         self.head_width: int = config.d_kv
         self.layers: int = config.num_layers
         self.vocabulary: int = model.lm_head.weight.shape[0]
@@ -231,7 +242,7 @@ class FrozenT5(nn.Module):
             hidden = packing.pack(hidden)
         for index, block in enumerate(encoder.block):
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
-            normed = rms_norm(norm, hidden)
+            normed = self.shards.spread(rms_norm(norm, hidden))
             # Only attention needs rows; every other product runs over the tokens.
             query, key, value = (
                 self._split(made if packing is None else packing.unpack(made), groups)
@@ -258,11 +269,14 @@ class FrozenT5(nn.Module):
             joined = context.transpose(2, 3).reshape(rows, length, self.heads * self.head_width)
             if packing is not None:
                 joined = packing.pack(joined)
-            hidden = hidden + attention.o(joined)
-            feed = block.layer[1]
-            hidden = hidden + feed.DenseReluDense(rms_norm(feed.layer_norm, hidden))
+            hidden = hidden + self.shards.join(attention.o(joined))
+            hidden = hidden + self._feed_forward(block.layer[1], hidden)
         states = rms_norm(encoder.final_layer_norm, hidden)
         return states if packing is None else packing.unpack(states)
+
+    def _feed_forward(self, layer: Any, hidden: Tensor) -> Tensor:
+        normed = self.shards.spread(rms_norm(layer.layer_norm, hidden))
+        return self.shards.join(layer.DenseReluDense(normed))
 
     # -- decoder ---------------------------------------------------------------------------------
 
@@ -285,7 +299,7 @@ class FrozenT5(nn.Module):
         last = len(decoder.block) - 1
         for index, block in enumerate(decoder.block):
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
-            normed = rms_norm(norm, hidden)
+            normed = self.shards.spread(rms_norm(norm, hidden))
             # Above the last layer nobody looks at the earlier positions any more.
             asking = normed[:, :, -1:] if index == last else normed
             query = self._heads(attention.q(asking))  # [G, R, H, Q, K]
@@ -293,10 +307,9 @@ class FrozenT5(nn.Module):
             first = count - query.shape[3]
             scores = masked(query @ key.transpose(-1, -2) + bias[:, first:], causal[first:])
             context = (scores.softmax(-1) @ value).transpose(2, 3).flatten(3)
-            hidden = hidden[:, :, first:] + attention.o(context)
+            hidden = hidden[:, :, first:] + self.shards.join(attention.o(context))
             hidden = hidden + self._cross(block.layer[1], hidden, memory)
-            feed = block.layer[2]
-            hidden = hidden + feed.DenseReluDense(rms_norm(feed.layer_norm, hidden))
+            hidden = hidden + self._feed_forward(block.layer[2], hidden)
         final = rms_norm(decoder.final_layer_norm, hidden[:, :, -1])  # [G, R, D]
         return final.flatten(0, 1) * self.output_scale
 
@@ -310,7 +323,9 @@ class FrozenT5(nn.Module):
         heads, head_width = self.heads, self.head_width
         w_key = attention.k.weight.view(heads, head_width, self.width)  # [H, K, D]
         w_value = attention.v.weight.view(heads, head_width, self.width)
-        query = self._heads(attention.q(rms_norm(layer.layer_norm, hidden)))  # [G, R, H, Q, K]
+        asking = self.shards.spread(rms_norm(layer.layer_norm, hidden))
+        query = self._heads(attention.q(asking))  # [G, R, H, Q, K]
+        memory = [Segment(self.shards.spread(part.states), part.mask) for part in memory]
         asked = query @ w_key  # [G, R, H, Q, D]: the query, seen from the encoder states
         count = asked.shape[3]
         asked = asked.flatten(2, 3)  # [G, R, H*Q, D]
@@ -329,7 +344,7 @@ class FrozenT5(nn.Module):
         )
         assert isinstance(gathered, Tensor)
         context = gathered.unflatten(2, (heads, count)) @ w_value.transpose(-1, -2)
-        return attention.o(context.transpose(2, 3).flatten(3))
+        return self.shards.join(attention.o(context.transpose(2, 3).flatten(3)))
 
     @staticmethod
     def _against(asked: Tensor, states: Tensor) -> Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
+from accelerate_runs import launch, toy_clusters
 from safetensors.torch import load_file
 
 from serve.errors import UserError
@@ -19,37 +15,7 @@ from trainer.parallel import Workers
 
 @pytest.fixture(scope="module")
 def clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = np.random.default_rng(0)
-    nouns, words = ["film", "food", "story"], [["bad", "awful"], ["good", "great"]]
-    labels = generator.integers(0, 2, 600)
-    texts = [f"the {generator.choice(nouns)} was {generator.choice(words[y])}" for y in labels]
-    frame = pd.DataFrame({"text": texts, "label": labels, "cluster": np.arange(600) % 5})
-    path = tmp_path_factory.mktemp("data") / "clusters.parquet"
-    frame.to_parquet(path)
-    return path
-
-
-def launch(
-    processes: int, *flags: object, precision: str = "no", script: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run `trainer` (or `script`) in one process, or in several through accelerate."""
-    argv = [sys.executable]
-    if processes > 1 or precision != "no":
-        argv += [
-            # `--cpu` would start a single process, whatever --num_processes says.
-            "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no",
-            "--main_process_port", "0",
-        ]  # fmt: skip
-    argv += [str(script)] if script else ["-m", "trainer"]
-    argv += map(str, flags)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [os.getcwd(), environment.get("PYTHONPATH")])
-    )
-    return subprocess.run(
-        argv, capture_output=True, text=True, timeout=600, check=False, env=environment
-    )
+    return toy_clusters(tmp_path_factory.mktemp("data") / "clusters.parquet")
 
 
 @pytest.mark.parametrize(("command", "processes"), [("meta", 2), ("meta", 4), ("pretrain", 2)])

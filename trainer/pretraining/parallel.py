@@ -42,6 +42,7 @@ class Team(Protocol):
 
 def make_team(modules: Sequence[nn.Module], compute: Compute, count: int) -> Team:
     """Processes that `accelerate launch` started, or `count` that are forked here."""
+    launched().check_whole("backbone")
     return Launched(modules, compute) if launched().count > 1 else Workers(modules, compute, count)
 
 
