@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from reproduce_toy import write_source, write_task
 
@@ -51,3 +55,31 @@ def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path)
                 ppt_rate=1e-9, device="cpu", jobs=2, threads=1,
             )
         )  # fmt: skip
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path, tiny_t5: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_task(tmp_path / "data")
+    flags = [
+        "reproduce", "table1", "--backbone", tiny_t5, "--tasks", "sst2", "--methods", "metapt",
+        "ppt", "--data-dir", tmp_path / "data", "--source", write_source(tmp_path / "source.csv"),
+        "--out", tmp_path / "out", "--train", 20, "--validation", 20, "--prompt-tokens", 4,
+        "--meta-steps", 10**6, "--modes", "prefix", "--device", "cpu", "--jobs", 2, "--threads", 1,
+    ]  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *map(str, flags)], stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline, workers = time.monotonic() + 90, []
+        while sum(worker.cpu_times().user > 1 for worker in workers) < 2:
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+            workers = [
+                child
+                for child in psutil.Process(parent.pid).children()
+                if "spawn_main" in " ".join(child.cmdline())
+            ]
+    finally:
+        parent.kill()
+        parent.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 import torch
@@ -39,11 +41,20 @@ def devices(device: str) -> list[str]:
 def _begin(where: Surroundings, names: Sequence[str], threads: int, turn: Any) -> None:
     """What a worker does first: takes a device in turn and its share of the cores."""
     global _where
+    Thread(target=_end_with_parent, daemon=True).start()
     logging.disable(logging.INFO)  # the parent alone talks
     torch.set_num_threads(threads)
     with turn.get_lock():
         mine, turn.value = turn.value, turn.value + 1
     _where = replace(where, device=names[mine % len(names)])
+
+
+def _end_with_parent() -> None:
+    # A parent that is killed cannot tell its workers, who would train on for minutes.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(settings: Settings) -> str | None:
