@@ -109,10 +109,12 @@ def check_rate(rate: float, steps: int, params: Params, flag: str = "--rate") ->
     size = math.sqrt(sum(float(value.detach().double().pow(2).sum()) for value in params.values()))
     size /= math.sqrt(sum(value.numel() for value in params.values()))
     if rate * steps < 0.01 * size:
+        usual = 3e-3  # appendix A.4's
+        advice = f"{usual:g}" if usual * steps >= 0.01 * size else "more steps, or a higher rate"
         raise UserError(
             f"{flag} {rate:g} over {steps} steps moves a prompt's numbers by at most "
             f"{rate * steps:.1g}, but they are {size:.2g} in size: it would stay where it starts. "
-            "Try 3e-3"
+            f"Try {advice}"
         )
 
 

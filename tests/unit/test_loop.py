@@ -145,9 +145,11 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 
 def test_a_rate_that_cannot_move_a_prompt_is_refused() -> None:
     params = {"p": torch.full((2, 8), 0.25)}
-    with pytest.raises(UserError, match="would stay where it starts"):
+    with pytest.raises(UserError, match=r"would stay where it starts. Try 0.003"):
         check_rate(1e-6, 250, params)
     check_rate(3e-3, 250, params)
+    with pytest.raises(UserError, match="Try more steps, or a higher rate"):
+        check_rate(1e-3, 1, {"p": torch.ones(2, 8)})
 
 
 def test_epoch_stream_visits_every_row_once_an_epoch() -> None:
