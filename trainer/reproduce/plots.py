@@ -93,6 +93,9 @@ def plot_lines(
             )  # fmt: skip
         if what != "figure3b" and lines:
             axes.set_xscale("log")
+        sizes = sorted({x for points in lines.values() for x in points})
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
         axes.set_xlabel(X_NAMES[what])
         axes.set_ylabel("accuracy, %")
         axes.set_title(task)
