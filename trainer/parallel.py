@@ -14,6 +14,7 @@ outside of the modules' own forward, which is where those gather them.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -95,6 +96,8 @@ class Workers:
                 os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG")
                 os.environ.pop("ACCELERATE_USE_FSDP", None)
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            # An interpreter that ends with gloo's threads alive is aborted now and then.
+            atexit.register(_leave)
             if self._divided:
                 self.shards = Shards(self.rank, self.count, self.sum)
             if self.main:
@@ -191,6 +194,11 @@ class Workers:
         """Let all processes arrive here before any goes on."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _ended(_signal: int, _frame: Any) -> None:

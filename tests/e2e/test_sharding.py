@@ -49,6 +49,7 @@ for mode in ("full", "prefix", "deep"):
 sizes = [sum(w.numel() for w in b.t5.model.encoder.block.parameters()) for b in (whole, part)]
 if team.main:
     json.dump({"errors": found, "sizes": sizes}, open(out, "w"))
+team.wait()
 """
 
 
