@@ -23,6 +23,7 @@ from serve.http import App, Limits
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4096  # open at once; beyond it the server answers 503
+_HANDSHAKE = 0.05  # seconds for connections that are being made to be complete
 _ARRIVAL = 0.3  # seconds between connecting and sending, for who connects at the very end
 
 
@@ -91,14 +92,20 @@ def _turn_away(listener: socket.socket) -> None:
     """Let the kernel drop what knocks from now on, so that taking the last connection ends.
 
     Between the last `accept` and `close` a busy machine may let milliseconds pass, in which a
-    client would be connected and then reset. A socket filter that keeps no packet (socket(7),
+    client would be connected and then reset. A socket filter that drops SYN (socket(7),
     SO_ATTACH_FILTER) makes it wait instead, until the closed port refuses it. Elsewhere than on
     Linux that moment remains.
     """
     if sys.platform != "linux":
         return
-    keep_nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET, 0
-    program = struct.pack("HL", 1, ctypes.addressof(keep_nothing))
+    code = [
+        (0x30, 0, 0, 13),  # load the byte of TCP's flags
+        (0x45, 0, 1, 0x02),  # is SYN among them?
+        (0x06, 0, 0, 0),  # then keep nothing,
+        (0x06, 0, 0, 0xFFFFFFFF),  # else all: handshakes that have begun come to their end
+    ]
+    packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = struct.pack("HL", len(code), ctypes.addressof(packed))
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         listener.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
@@ -149,6 +156,7 @@ class _Server(uvicorn.Server):
         for item in sockets or []:
             item.close()
         _turn_away(self._listener)
+        await asyncio.sleep(_HANDSHAKE)
         self._listener.setblocking(False)
         taken = []
         with contextlib.suppress(BlockingIOError):
