@@ -14,7 +14,7 @@ KINDS = {
     "metapt": ("MetaPT start", "meta-trained, never tuned on the task"),
     "start": ("Common words", "a prompt that says nothing: the backbone alone"),
     "start-of-lesson": ("Its start", "where the lesson began"),
-    "from-best": ("Tuned from MetaPT", "the same samples, its start"),
+    "from-best": ("Tuned from a prompt", "the same samples, the start beside this"),
     "from-words": ("Tuned from words", "the same samples, without MetaPT"),
     "from-random": ("Tuned from random", "the same samples, without MetaPT"),
     "from-ppt": ("Tuned from PPT", "the same samples, another start"),

@@ -108,7 +108,8 @@ class Classifier:
         limit = header["max_tokens"]
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise UserError(f"--max-tokens must be within 1 and {limit}, the bundle's own")
-        if min(token_budget, max_rows, threads or 1, 1 if workers is None else workers) < 1:
+        given = [n for n in (token_budget, max_rows, threads, workers) if n is not None]
+        if min(given) < 1:
             raise UserError(
                 "--token-budget, --max-rows, --threads and --workers must be at least 1"
             )

@@ -129,6 +129,12 @@ def test_a_long_text_is_cut_and_its_template_is_kept(folder: Path) -> None:
     assert cut.ids == fits.ids and cut.ids[-3:] == task.suffix_ids
 
 
+@pytest.mark.parametrize("name", ["token_budget", "max_rows", "threads", "workers"])
+def test_limits_below_one_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(UserError, match="must be at least 1"):
+        Classifier(folder, **{name: 0})  # type: ignore[arg-type]
+
+
 def test_cutting_a_huge_text_before_tokenizing_changes_nothing(folder: Path) -> None:
     classifier = Classifier(folder, threads=1)
     task = classifier.tasks["film"]
