@@ -186,6 +186,7 @@ def prove(
     ids: np.ndarray,
     prompts: list[dict[str, torch.Tensor]],
     columns: list[int],
+    threads: int,
 ) -> dict[str, float]:
     """The largest differences of logits between sides that must agree; see the module's text."""
     expected = np.stack(
@@ -196,11 +197,10 @@ def prove(
     )
     mixed = sides[f"prefix fp32, {TASKS} tasks"]()
     proof = {"prefix against torch": float(np.abs(mixed - expected).max())}
-    for name in sides:
-        if name.startswith(f"prefix fp32, {TASKS} tasks, ") and name.endswith(BESIDE):
-            ways = int(name.split()[-5])
-            parts = np.concatenate([expected[place::ways] for place in range(ways)])
-            proof[f"{ways} {BESIDE}"] = float(np.abs(sides[name]() - parts).max())
+    beside = f"{threads} {BESIDE}"
+    if (side := sides.get(f"prefix fp32, {TASKS} tasks, {beside}")) is not None:
+        parts = np.concatenate([expected[place::threads] for place in range(threads)])
+        proof[beside] = float(np.abs(side() - parts).max())
     if "peft" in sides:
         gap = np.abs(sides["peft"]() - sides["full fp32"]()).max()
         proof["peft against full"] = float(gap)
@@ -264,7 +264,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                         list(pool.map(c.logits, parts))
                     )
                 )
-        proof = prove(backbone, sides, ids, prompts, columns)
+        proof = prove(backbone, sides, ids, prompts, columns, threads)
         if seq2seq is not None:
             sides["seq2seq"] = lambda long=long: seq2seq(long)
             decoder = backbone.decoder_ids.expand(rows, -1)

@@ -61,12 +61,12 @@ class Workers:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self._accelerator: Any = None
-        self._divided = _tensor_parallelism() > 1
-        self.shards = WHOLE
+        divided = _tensor_parallelism() > 1
+        self.shards = Shards(self.rank, self.count, self.sum) if divided else WHOLE
         for flag, name in _SHARDED.items():
             # Its launcher lets tensor parallelism through with FSDP 2 only, which is then not used.
             if os.environ.get(f"ACCELERATE_USE_{flag}", "false").lower() in ("true", "1") and not (
-                self._divided and flag == "FSDP"
+                divided and flag == "FSDP"
             ):
                 raise UserError(
                     f"accelerate is configured for {name}, which gathers weights where this "
@@ -91,20 +91,18 @@ class Workers:
                 ) from None
             # The launcher ends the processes that are left; the run is to be saved before that.
             signal.signal(signal.SIGTERM, _ended)
-            if self._divided:
+            if divided:
                 # The mesh and the wrapping that these ask for are for models given to accelerate.
                 os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG")
                 os.environ.pop("ACCELERATE_USE_FSDP", None)
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
             # An interpreter that ends with gloo's threads alive is aborted now and then.
             atexit.register(_leave)
-            if self._divided:
-                self.shards = Shards(self.rank, self.count, self.sum)
             if self.main:
                 logger.info(
                     "%d processes of accelerate, precision %s, first on %s%s",
                     self.count, "fp32" if self.precision == "no" else self.precision, self.device,
-                    ", each with a part of the backbone" if self._divided else "",
+                    ", each with a part of the backbone" if divided else "",
                 )  # fmt: skip
 
     @property
@@ -123,7 +121,7 @@ class Workers:
         Raises:
             UserError: accelerate is configured for tensor parallelism.
         """
-        if self._divided:
+        if self.shards.count > 1:
             raise UserError(
                 f"{what} trains the backbone's weights, which cannot be divided over processes: "
                 "start it without --use_parallelism_config"
@@ -134,7 +132,7 @@ class Workers:
 
         All of them where the weights are divided instead.
         """
-        if self._divided:
+        if self.shards.count > 1:
             return np.arange(size)
         return np.array_split(np.arange(size), self.count)[self.rank]
 
@@ -176,7 +174,7 @@ class Workers:
     def _of_rows(self, total: Tensor) -> Tensor:
         # With divided weights every process has the whole gradient already; the mean of equal
         # numbers keeps them equal to the last bit.
-        return total / self.count if self._divided else total
+        return total / self.shards.count
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -119,7 +119,7 @@ def test_full_tuning_of_a_divided_backbone_is_refused(
     tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     team = Workers()
-    team._divided = True
+    team.shards = Shards(0, 2, lambda tensor: tensor)
     monkeypatch.setattr(options, "workers", lambda: team)
     config = FinetuneConfig(backbone=str(tiny_t5), out="out")
     with pytest.raises(UserError, match="full tuning trains the backbone's weights"):
