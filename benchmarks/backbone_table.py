@@ -32,6 +32,7 @@ from serve.cli import Command, main, option
 from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples, draw_few_shot, load_task
 from trainer.finetune import FinetuneConfig, finetune
+from trainer.loop import RunOptions
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, document_labels
 from trainer.rows import Rows, Scorer
@@ -142,7 +143,7 @@ def prompt(mode: str, bench: Bench, task: Task, train: Examples, val: Examples, 
     config = bench.config
     settings = TuneConfig(out="", mode=mode, prompt_tokens=config.prompt_tokens, seed=seed,
                           init=config.init, epochs=config.epochs, rate=config.rate)  # fmt: skip
-    tuned = tune(bench.backbone, task, train, val, settings, quiet=True)
+    tuned = tune(bench.backbone, task, train, val, settings, RunOptions(quiet=True))
     scorer = Scorer.of(bench.backbone, task, mode)
     rows = Rows(bench.backbone, task.template, test.texts, test.labels, 128)
     return scorer.all(tuned.prompt.params, rows).argmax(1).numpy()
@@ -154,7 +155,7 @@ def full_tuning(bench: Bench, task: Task, train: Examples, val: Examples, test: 
     config = bench.config
     backbone = load_backbone(config.backbone, trainable=True)
     settings = FinetuneConfig(out="", seed=seed, epochs=config.epochs)
-    finetune(backbone, task, train, val, settings, quiet=True)
+    finetune(backbone, task, train, val, settings, RunOptions(quiet=True))
     scorer = Scorer.of(backbone, task, "none")
     rows = Rows(backbone, task.template, test.texts, test.labels, 128)
     return scorer.all({}, rows).argmax(1).numpy()

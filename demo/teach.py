@@ -282,6 +282,7 @@ def _study_one(
     cancel: threading.Event,
     lessons: Lessons,
 ) -> Iterator[Step | None]:
+    from trainer.loop import RunOptions
     from trainer.tune import TuneConfig, tune
 
     config = TuneConfig(
@@ -310,9 +311,8 @@ def _study_one(
             lessons.starts[run] = start
             # The run changes its tensors; the start is shown later as it was.
             params = {k: v.detach().clone().requires_grad_() for k, v in start.params.items()}
-            tuned = tune(
-                backbone, task, train, validation, config, params=params, watch=watch, quiet=True
-            )
+            options = RunOptions(watch=watch, quiet=True)
+            tuned = tune(backbone, task, train, validation, config, options, params=params)
             lessons.prompts[run] = tuned.prompt
             out.put(None)
         except Exception as error:  # it is raised again in the visitor's thread, below

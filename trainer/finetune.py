@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from serve.files import atomic_folder
 from trainer.backbone import Backbone
 from trainer.data import Examples
 from trainer.figures import figures, fit_temperature
-from trainer.loop import Loop, Schedule
+from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule
 from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, output_folder
 from trainer.parallel import workers
 from trainer.prompt import TaskRecord
@@ -53,11 +51,7 @@ def finetune(
     train: Examples,
     validation: Examples,
     config: Any,
-    *,
-    checkpoint: Path | None = None,
-    fingerprint: dict[str, Any] | None = None,
-    watch: Callable[[int, dict[str, float]], None] | None = None,
-    quiet: bool = False,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Tune all weights of `backbone` (loaded with `trainable=True`) in place.
 
@@ -80,8 +74,9 @@ def finetune(
         ),
         lambda: scorer.score({}, held),
         schedule,
-        checkpoint=checkpoint, fingerprint=fingerprint, label="finetune", watch=watch, quiet=quiet,
-    )  # fmt: skip
+        options,
+        "finetune",
+    )
     best = loop.run()
     with torch.no_grad():
         for name, value in params.items():
@@ -96,10 +91,8 @@ def run_finetune(config: FinetuneConfig) -> None:
     train, validation = draw(config, task, config.load(task, "train"))
     backbone = config.load_backbone(trainable=True)
     run = record("finetune", config, backbone_sha256=backbone.sha256)
-    loop = finetune(
-        backbone, task, train, validation, config,
-        checkpoint=checkpoint_folder(out), fingerprint=run,
-    )  # fmt: skip
+    options = RunOptions(checkpoint_folder(out), run)
+    loop = finetune(backbone, task, train, validation, config, options)
     if not workers().main:
         return
     held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)

@@ -118,6 +118,25 @@ def check_rate(rate: float, steps: int, params: Params, flag: str = "--rate") ->
         )
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What a caller may want of a run, whatever is trained.
+
+    checkpoint: folder for checkpoints; None for none.
+    fingerprint: what must be equal for a checkpoint to be continued (the configuration).
+    watch: called after each evaluation with (step, metrics); may raise to stop the run.
+    quiet: no progress bar.
+    """
+
+    checkpoint: Path | None = None
+    fingerprint: dict[str, Any] | None = None
+    watch: Callable[[int, dict[str, float]], None] | None = None
+    quiet: bool = False
+
+
+DEFAULT_OPTIONS = RunOptions()
+
+
 class Loop:
     """Trains a dictionary of tensors with AdamW.
 
@@ -127,10 +146,8 @@ class Loop:
             step measured (loss, accuracy), for the progress bar and the metrics file.
         evaluate: gives the score of the tensors as they are.
         schedule: see `Schedule`.
-        checkpoint: folder for checkpoints; None for none.
-        fingerprint: what must be equal for a checkpoint to be continued (the configuration).
+        options: see `RunOptions`.
         label: shown by the progress bar.
-        watch: called after each evaluation with (step, metrics); may raise to stop the run.
     """
 
     def __init__(
@@ -139,18 +156,14 @@ class Loop:
         gradient: Callable[[int], dict[str, float]],
         evaluate: Callable[[], Score],
         schedule: Schedule,
-        *,
-        checkpoint: Path | None = None,
-        fingerprint: dict[str, Any] | None = None,
+        options: RunOptions = DEFAULT_OPTIONS,
         label: str = "train",
-        watch: Callable[[int, dict[str, float]], None] | None = None,
-        quiet: bool = False,
     ):
         self.params, self.gradient, self.evaluate = params, gradient, evaluate
-        self.schedule, self.checkpoint = schedule, checkpoint
-        self.fingerprint = json.loads(json.dumps(fingerprint or {}))
-        self.label, self.watch = label, watch
-        self.quiet = quiet or not workers().main
+        self.schedule, self.checkpoint = schedule, options.checkpoint
+        self.fingerprint = json.loads(json.dumps(options.fingerprint or {}))
+        self.label, self.watch = label, options.watch
+        self.quiet = options.quiet or not workers().main
         self.state = State()
         self.best: Params = {name: value.detach().clone() for name, value in params.items()}
         self.optimizer = torch.optim.AdamW(

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from serve.cli import option
 from serve.errors import UserError
 from trainer.backbone import Backbone
 from trainer.initial import initial_params
-from trainer.loop import Loop, Schedule, Score, check_rate
+from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, Score, check_rate
 from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
 from trainer.modes import Params, add_group
 from trainer.options import PromptOptions, checkpoint_folder, output_folder
@@ -184,11 +183,7 @@ def meta_train(
     backbone: Backbone,
     data: SourceData,
     config: Any,
-    *,
-    checkpoint: Path | None = None,
-    fingerprint: dict[str, Any] | None = None,
-    watch: Callable[[int, dict[str, float]], None] | None = None,
-    quiet: bool = False,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Run MetaPT and return its loop, whose `best` is the prompt.
 
@@ -268,10 +263,7 @@ def meta_train(
         more = {"inner_rate": alpha, "inner_step": moved}
         return Score(hits / (count * config.samples), losses / count, more)
 
-    loop = Loop(
-        trained, gradient, evaluate, config.schedule(),
-        checkpoint=checkpoint, fingerprint=fingerprint, label="meta", watch=watch, quiet=quiet,
-    )  # fmt: skip
+    loop = Loop(trained, gradient, evaluate, config.schedule(), options, "meta")
     loop.run()
     loop.best = {name: value for name, value in loop.best.items() if name in params}
     return loop
@@ -308,11 +300,7 @@ def pretrain(
     backbone: Backbone,
     data: SourceData,
     config: Any,
-    *,
-    checkpoint: Path | None = None,
-    fingerprint: dict[str, Any] | None = None,
-    watch: Callable[[int, dict[str, float]], None] | None = None,
-    quiet: bool = False,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Run PPT and return its loop, whose `best` is the prompt."""
     train, held = (
@@ -330,10 +318,10 @@ def pretrain(
         indices = epoch_stream(len(rows), config.batch, config.seed, step)
         return prompt_gradient(scorer, params, rows, indices)
 
+    schedule = config.schedule()
     loop = Loop(
-        params, gradient, lambda: scorer.score(params, held_rows), config.schedule(),
-        checkpoint=checkpoint, fingerprint=fingerprint, label="pretrain", watch=watch, quiet=quiet,
-    )  # fmt: skip
+        params, gradient, lambda: scorer.score(params, held_rows), schedule, options, "pretrain"
+    )
     loop.run()
     return loop
 
@@ -367,7 +355,7 @@ def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
     words = source_words(config, data.classes)
     backbone = config.load_backbone()
     run = record(command, config, backbone_sha256=backbone.sha256)
-    loop = train(backbone, data, config, checkpoint=checkpoint_folder(out), fingerprint=run)
+    loop = train(backbone, data, config, RunOptions(checkpoint_folder(out), run))
     if not workers().main:
         return
     prompt = source_prompt(loop, config, words, "metapt" if command == "meta" else "ppt")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from trainer.backbone import Backbone
 from trainer.data import Examples, draw_few_shot
 from trainer.figures import figures, fit_temperature
 from trainer.initial import initial_params
-from trainer.loop import Loop, Schedule, check_rate
+from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, check_rate
 from trainer.modes import Params, add_group
 from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, output_folder
 from trainer.parallel import workers
@@ -127,19 +125,16 @@ def tune(
     train: Examples,
     validation: Examples,
     config: Any,
+    options: RunOptions = DEFAULT_OPTIONS,
     *,
     params: Params | None = None,
-    checkpoint: Path | None = None,
-    fingerprint: dict[str, Any] | None = None,
-    watch: Callable[[int, dict[str, float]], None] | None = None,
-    quiet: bool = False,
 ) -> Tuned:
     """Tune a prompt; what `python -m trainer tune`, `reproduce` and the demo's Teach tab call.
 
     Args:
         config: a `TuneConfig` (its task and data fields are not looked at).
+        options: checkpoint, what is called after an evaluation, progress bar; see `RunOptions`.
         params: where to start, in place of `config.init`.
-        watch: called after each evaluation with (step, metrics); may raise to stop.
 
     Raises:
         UserError: label words, prompt, template or rate do not fit. Failure: the loss diverged.
@@ -170,11 +165,8 @@ def tune(
         ),
         lambda: scorer.score(params, held),
         schedule,
-        checkpoint=checkpoint,
-        fingerprint=fingerprint,
-        label="tune",
-        watch=watch,
-        quiet=quiet,
+        options,
+        "tune",
     )
     best = loop.run()
     assert loop.state.best is not None  # the start is evaluated before the first step
@@ -220,10 +212,8 @@ def run_tune(config: TuneConfig) -> None:
     train, validation = draw(config, task, config.load(task, "train"))
     backbone = config.load_backbone()
     run = record("tune", config, backbone_sha256=backbone.sha256)
-    tuned = tune(
-        backbone, task, train, validation, config,
-        checkpoint=checkpoint_folder(out), fingerprint=run,
-    )  # fmt: skip
+    options = RunOptions(checkpoint_folder(out), run)
+    tuned = tune(backbone, task, train, validation, config, options)
     if not workers().main:
         return
     extras = {METRICS_FILE: tuned.metrics, RUN_FILE: json.dumps(run, indent=2) + "\n"}

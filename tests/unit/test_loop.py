@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve.errors import Failure, UserError
-from trainer.loop import Loop, Schedule, Score, check_rate
+from trainer.loop import Loop, RunOptions, Schedule, Score, check_rate
 from trainer.tune import epoch_stream
 
 
@@ -38,9 +38,8 @@ def make_loop(folder: Path | None, *, kill_at: int | None = None, steps: int = 3
     schedule = Schedule(
         steps, 0.05, weight_decay=0.01, warmup=5, decay=True, evaluate_every=4, patience=50
     )
-    return Loop(
-        params, gradient, evaluate, schedule, checkpoint=folder, fingerprint={"a": 1}, quiet=True
-    )
+    options = RunOptions(checkpoint=folder, fingerprint={"a": 1}, quiet=True)
+    return Loop(params, gradient, evaluate, schedule, options)
 
 
 @pytest.mark.parametrize("kill_at", [1, 13, 29])
@@ -90,7 +89,7 @@ def scripted(
     schedule = Schedule(
         len(scores) - 1, 1.0, evaluate_every=1, patience=patience, warmup=warmup, best_by=best_by
     )
-    return Loop(params, gradient, lambda: Score(*next(queue)), schedule, quiet=True)
+    return Loop(params, gradient, lambda: Score(*next(queue)), schedule, RunOptions(quiet=True))
 
 
 def test_patience_counts_evaluations_without_better_accuracy_or_loss() -> None:

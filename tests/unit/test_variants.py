@@ -12,7 +12,7 @@ import torch
 
 from serve.errors import UserError
 from trainer.backbone import Backbone, load_backbone
-from trainer.loop import Loop, Score
+from trainer.loop import Loop, RunOptions, Score
 from trainer.meta import TaskSampler, adapt, outer_gradient
 from trainer.modes import Params, add_group
 from trainer.readout import Batch
@@ -23,6 +23,7 @@ from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_s
 
 TASKS, SAMPLES, ALPHA = 3, 2, 0.3
 WORDS = ["bad", "okay", "good"]
+QUIET = RunOptions(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_the_second_order_begins_when_it_is_told_to(tiny_t5: Path) -> None:
     )  # fmt: skip
 
     def result(**changes: object) -> torch.Tensor:
-        loop = meta_train(own, data, replace(base, **changes), quiet=True)  # type: ignore[arg-type]
+        loop = meta_train(own, data, replace(base, **changes), QUIET)  # type: ignore[arg-type]
         return loop.params["prompt_embeddings"].detach()
 
     first, second = result(order="first"), result()
@@ -150,7 +151,7 @@ def test_the_second_order_begins_when_it_is_told_to(tiny_t5: Path) -> None:
     torch.testing.assert_close(result(first_order_steps=0), second)
     annealed = result(first_order_steps=1)
     assert (annealed - first).abs().max() > 1e-6 and (annealed - second).abs().max() > 1e-6
-    learned = meta_train(own, data, replace(base, learn_rates=True, held_clusters=0), quiet=True)
+    learned = meta_train(own, data, replace(base, learn_rates=True, held_clusters=0), QUIET)
     assert set(learned.best) == {"prompt_embeddings"}
     assert (learned.params["log_rate/prompt_embeddings"] != 0).any()
 
@@ -175,9 +176,9 @@ def test_the_prompt_of_the_lowest_held_out_loss_is_kept(
         "evaluate_every": 1,
     }  # fmt: skip
     if method == "meta":
-        loop = meta_train(own, data, MetaConfig(**common, samples=2), quiet=True)
+        loop = meta_train(own, data, MetaConfig(**common, samples=2), QUIET)
     else:
-        loop = pretrain(own, data, PretrainConfig(**common, batch=16), quiet=True)
+        loop = pretrain(own, data, PretrainConfig(**common, batch=16), QUIET)
     assert loop.state.best_step == 1 and loop.state.best == Score(0.2, 0.8)
 
 
@@ -194,9 +195,9 @@ def test_a_falling_rate_and_a_clipped_gradient(tiny_t5: Path, method: str) -> No
 
     def run(**changes: object) -> Loop:
         if method == "meta":
-            return meta_train(own, data, MetaConfig(**common, **changes), quiet=True)  # type: ignore[arg-type]
+            return meta_train(own, data, MetaConfig(**common, **changes), QUIET)  # type: ignore[arg-type]
         kept = {key: common[key] for key in common if key not in ("inner_rate", "samples")}
-        return pretrain(own, data, PretrainConfig(**kept, batch=16, **changes), quiet=True)  # type: ignore[arg-type]
+        return pretrain(own, data, PretrainConfig(**kept, batch=16, **changes), QUIET)  # type: ignore[arg-type]
 
     rates = [line["rate"] for line in run(decay=True).state.metrics[1:]]
     assert rates == pytest.approx([0.2, 0.15, 0.1, 0.05])  # by hand: linear to zero after step 4
@@ -237,8 +238,8 @@ def test_an_inner_rate_of_0_is_searched_for(tiny_t5: Path, monkeypatch: pytest.M
         data="", out="", mode="prefix", prompt_tokens=3, steps=1, samples=2, inner_rate=0.0
     )
     own = load_backbone(str(tiny_t5))
-    line = meta_train(own, data, config, quiet=True).state.metrics[0]
-    given = meta_train(own, data, replace(config, inner_rate=3.0), quiet=True).state.metrics[0]
+    line = meta_train(own, data, config, QUIET).state.metrics[0]
+    given = meta_train(own, data, replace(config, inner_rate=3.0), QUIET).state.metrics[0]
     assert line == given and line["inner_rate"] == 3.0 and line["inner_step"] > 0
 
 

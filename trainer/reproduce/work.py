@@ -17,6 +17,7 @@ from trainer.data import Examples, draw_few_shot, load_task
 from trainer.evaluate import evaluate
 from trainer.finetune import FinetuneConfig, finetune
 from trainer.initial import initial_params
+from trainer.loop import RunOptions
 from trainer.prompt import DEFAULT_TEMPLATE, TaskRecord, save_prompt
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
@@ -107,10 +108,9 @@ def run_start(settings: Settings, where: Surroundings) -> None:
         config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
     train = meta_train if meta else pretrain
     started = time.monotonic()
-    loop = train(
-        backbone, data, config, checkpoint=path.with_name(path.name + ".checkpoint"),
-        fingerprint=settings, quiet=where.quiet,
-    )  # fmt: skip
+    checkpoint = path.with_name(path.name + ".checkpoint")
+    options = RunOptions(checkpoint, settings, quiet=where.quiet)
+    loop = train(backbone, data, config, options)
     words = source_words(config, data.classes)
     prompt = source_prompt(loop, config, words, settings["method"])
     prompt.task.figures["seconds"] = round(time.monotonic() - started, 1)
@@ -153,7 +153,7 @@ def _run_full(
 ) -> dict[str, Any]:  # fmt: skip
     backbone = load_backbone(where.backbone, device=where.device, trainable=True)
     config = FinetuneConfig(out="", **_shared(settings))
-    loop = finetune(backbone, task, train, validation, config, quiet=where.quiet)
+    loop = finetune(backbone, task, train, validation, config, RunOptions(quiet=where.quiet))
     record = TaskRecord(
         name=task.name, labels=list(task.labels), words=list(task.words), template=task.template,
         mode="none", max_tokens=config.max_tokens,
@@ -186,7 +186,8 @@ def _run_prompt(
             {name: value.detach() for name, value in params.items()}, test,
         )  # fmt: skip
         _at_start[key] = before["accuracy"]
-    tuned = tune(backbone, task, train, validation, config, params=params, quiet=where.quiet)
+    options = RunOptions(quiet=where.quiet)
+    tuned = tune(backbone, task, train, validation, config, options, params=params)
     record = tuned.prompt.task
     return {
         **_measure(backbone, record, tuned.prompt.params, test),
