@@ -28,7 +28,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two halves side by side, a core each; the integration tests report when both are done.
+# Two halves side by side, a core each: torch's threads would take the other half's core and wait
+# for it. The integration tests report when both are done.
+test: export OMP_NUM_THREADS = 1
 test: lint
 	@$(BIN)/python -m pytest tests/integration >.integration.log 2>&1 & other=$$!; \
 	$(BIN)/python -m pytest tests/unit tests/e2e; first=$$?; \

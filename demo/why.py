@@ -1,4 +1,4 @@
-"""Which words carried an answer: each is left out in turn, all in one batch of the served graph.
+"""Which words carried an answer: each is left out in turn, in batches of the served graph.
 
 No gradients and no second model: what is measured is the very graph that answers, on inputs that
 lack one word. With s(t) = log p(label | t) - log(1 - p(label | t)) for the label of the whole text,
@@ -18,7 +18,6 @@ from serve.classifier import Result
 from serve.errors import UserError
 
 MOST_PIECES = 96  # left out one by one; in a longer text several words go together
-_ONE_BATCH = 16_384  # padded tokens run as one batch; more go in the classifier's own batches
 _EDGE = 1e-6  # a probability of 1 has no finite log-odds
 
 
@@ -78,12 +77,7 @@ def explain(room: Room, session: str, text: str, name: str) -> Explanation:
     classifier = room.classifier
     started = time.perf_counter()
     rows = classifier.encoder.encode(texts, [task] * len(texts))
-    longest = max(len(row.ids) for row in rows)
-    if longest * len(rows) <= _ONE_BATCH:
-        results, batches = classifier.run(rows), 1
-    else:
-        results = classifier.classify(texts, task.name)
-        batches = math.ceil(len(rows) * longest / classifier.token_budget)
+    batches, results = len(classifier.batches(rows)), classifier.answer(rows)
     milliseconds = 1000 * (time.perf_counter() - started)
     whole = results[0]
     base = log_odds(whole.score)

@@ -160,9 +160,9 @@ def verify(classifier: Classifier, graph: Path) -> None:
     vocabulary, longest = classifier.bundle.size("vocab_size"), classifier.encoder.max_tokens
     tasks = list(classifier.tasks.values())
     worst = 0.0
-    for start in range(0, len(tasks), classifier.max_rows):
+    for start in range(0, len(tasks), classifier.limits.rows):
         batch = []
-        for task in tasks[start : start + classifier.max_rows]:
+        for task in tasks[start : start + classifier.limits.rows]:
             size = min(int(random.integers(0, 32)), classifier.encoder.room(task), longest)
             text = random.integers(3, vocabulary, size=size).tolist()
             batch.append(Encoded([*task.prefix_ids, *text, *task.suffix_ids], False, task))

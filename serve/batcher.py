@@ -25,6 +25,7 @@ from typing import Protocol
 
 from serve.classifier import Result
 from serve.errors import Failure
+from serve.plan import BatchLimits
 from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)
@@ -99,30 +100,26 @@ class Batcher:
         self,
         run: Callable[[Sequence[Encoded]], list[Result]],
         *,
-        token_budget: int,
-        max_rows: int,
-        max_tasks: int,
+        limits: BatchLimits,
         max_wait: float,
         max_queue: int,
         deadline: float,
-        run_cost: int = 24,
         workers: int = 1,
         observer: Observer | None = None,
     ) -> None:
         """Args:
         run: classifies one batch; called in a worker's thread.
-        token_budget, max_rows, max_tasks: bounds of a batch, as in `serve.plan.plan`.
+        limits: of a batch.
         max_wait: seconds that the oldest text waits for others that are likely.
         max_queue: texts that may wait.
         deadline: seconds from `admit` to the answer.
-        run_cost: what a run costs besides its tokens, in tokens.
         workers: batches that run at the same time.
         observer: is told about batches and waiting times.
         """
         self._run = run
-        self._token_budget, self._max_rows, self._max_tasks = token_budget, max_rows, max_tasks
+        self._limits = limits
         self._max_wait, self._max_queue, self._deadline = max_wait, max_queue, deadline
-        self._run_cost, self._workers = run_cost, workers
+        self._workers = workers
         self._observer = observer
         self._rows: dict[int, _Row] = {}  # oldest first
         self._tokens = 0  # of the rows, without padding
@@ -240,7 +237,7 @@ class Batcher:
     # ---- batches -----------------------------------------------------------------------------
 
     def _full(self) -> bool:
-        return self._tokens >= self._token_budget or len(self._rows) >= self._max_rows
+        return self._tokens >= self._limits.tokens or len(self._rows) >= self._limits.rows
 
     async def _work(self, number: int) -> None:
         while True:
@@ -281,7 +278,8 @@ class Batcher:
         """Take the oldest text and those that wait nearest to it in length, as many as make a
         token cheapest: padding is run as well, but so is what every run costs however short it is.
         """
-        numbers = list(itertools.islice(self._rows, self._max_rows * _WINDOW))
+        limits = self._limits
+        numbers = list(itertools.islice(self._rows, limits.rows * _WINDOW))
         oldest = numbers[0]
         numbers.sort(key=lambda n: len(self._rows[n].encoded.ids))
         low = high = numbers.index(oldest)
@@ -289,8 +287,8 @@ class Batcher:
         useful = longest = len(first.ids)
         chosen = [oldest]
         tasks = {id(first.task)}
-        count, best = 1, useful / (longest + self._run_cost)
-        while len(chosen) < self._max_rows:
+        count, best = 1, useful / (longest + limits.run_cost)
+        while len(chosen) < limits.rows:
             below = self._length(numbers, low - 1)
             above = self._length(numbers, high + 1)
             if below is None and above is None:
@@ -302,17 +300,18 @@ class Batcher:
                 high, number, size = high + 1, numbers[high + 1], above
             grown = max(longest, size)
             padded = (len(chosen) + 1) * grown
-            dearer = padded - len(chosen) * longest > size + self._run_cost  # than a run of its own
-            if padded > self._token_budget or dearer:
+            alone = size + limits.run_cost  # what a run of its own would cost
+            dearer = padded - len(chosen) * longest > alone
+            if dearer or not limits.hold(len(chosen) + 1, grown):
                 break
             task = id(self._rows[number].encoded.task)
-            if task not in tasks and len(tasks) == self._max_tasks:
+            if task not in tasks and len(tasks) == limits.tasks:
                 continue
             tasks.add(task)
             chosen.append(number)
             useful += size
             longest = grown
-            share = useful / (padded + self._run_cost)
+            share = useful / (padded + limits.run_cost)
             if share >= best:
                 count, best = len(chosen), share
         del chosen[count:]

@@ -23,16 +23,19 @@ import numpy as np
 
 from serve import bundle as bundles
 from serve.bank import Bank, key_of
+from serve.constants import Constants
 from serve.engine import CUDA, Engine, choose_providers, on_device, physical_cores, share_cores
 from serve.errors import Failure, UserError
-from serve.plan import in_groups, plan
+from serve.plan import BatchLimits, in_groups, plan
 from serve.task import Task, make_task
 from serve.tokenize import Encoded, Encoder
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-_LARGE = 16 * MIB  # of attention scores; a batch beyond it gives its memory back
+# Attention scores, in bytes. Beyond the first a CPU is slower in one batch than in two
+# (docs/speed.md); a batch beyond the second, one long row then, gives its memory back.
+_CACHED, _LARGE = 6 * MIB, 16 * MIB
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
 _RUN_COST = {"cpu": 16, "cuda": 2048}  # of a run, in tokens a thread; cuda: an estimate
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
@@ -66,6 +69,7 @@ class Classifier:
         encoder: texts to ids (the first of the three stages).
         bank: the constants of the tasks in use.
         threads, workers: of a batch; batches that may run at the same time.
+        limits: of a batch.
     """
 
     def __init__(
@@ -113,7 +117,6 @@ class Classifier:
             raise UserError(
                 "--token-budget, --max-rows, --threads and --workers must be at least 1"
             )
-        self.token_budget, self.max_rows = token_budget, max_rows
         self.precision = precision
         self._providers = choose_providers(providers)
         if workers is None and CUDA in self._providers:
@@ -130,20 +133,26 @@ class Classifier:
             len(self.bundle.tasks),
         )  # fmt: skip
         self.encoder = Encoder(self.bundle.folder / "tokenizer.json", max_tokens or limit)
-        self._prefix: Engine | None = None
         self._changing = threading.Lock()
         self.tasks: dict[str, Task] = dict(self.bundle.tasks)
         for task in self.tasks.values():
             self._check_room(task)
+        constants = Constants(self.bundle, self.threads)
         self.bank = Bank(
-            self._slot_shapes(),
-            self._constants,
+            constants.shapes(self._engine),
+            constants.of,
             memory=bank_memory,
             device=self._engine.device,
             first_slots=max(1, len(self.tasks)),
         )
-        self.max_tasks = self.bank.capacity  # of one batch
-        self.run_cost = _RUN_COST[self._engine.device] * self.threads
+        device, prompt = self._engine.device, self.bundle.prompt_tokens
+        self._score_bytes = 4 * self.bundle.size("num_heads")
+        self.limits = BatchLimits(
+            token_budget, max_rows, tasks=self.bank.capacity,
+            run_cost=_RUN_COST[device] * self.threads,
+            scores=_CACHED // self._score_bytes if device == "cpu" else None,
+            queries=prompt if self.bundle.mode == "full" else 0, keys=prompt,
+        )  # fmt: skip
         log.info(
             "bank: %.2f MiB for each task, %d tasks fit",
             self.bank.slot_bytes / MIB, self.bank.capacity,
@@ -280,11 +289,20 @@ class Classifier:
         for position, text in enumerate(texts):
             check_text(text, f"text {position}")
         tasks = {name: self.task(name) for name in dict.fromkeys(names)}
-        encoded = self.encoder.encode(texts, [tasks[name] for name in names]) if texts else []
-        results: list[Result | None] = [None] * len(texts)
+        return self.answer(
+            self.encoder.encode(texts, [tasks[name] for name in names]) if texts else []
+        )
+
+    def batches(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+        """Which of the texts run together: positions in `encoded`."""
         # Few texts are shared out, so that no worker looks on.
-        most = min(self.max_rows, math.ceil(len(encoded) / self.workers) or 1)
-        batches = plan(encoded, self.token_budget, most, self.max_tasks, self.run_cost)
+        most = min(self.limits.rows, math.ceil(len(encoded) / self.workers) or 1)
+        return plan(encoded, replace(self.limits, rows=most))
+
+    def answer(self, encoded: Sequence[Encoded]) -> list[Result]:
+        """`classify`, from the ids on."""
+        results: list[Result | None] = [None] * len(encoded)
+        batches = self.batches(encoded)
         run = self._pool.map if self.workers > 1 and len(batches) > 1 else map
         answers = run(lambda rows: self.run([encoded[i] for i in rows]), batches)
         for rows, found in zip(batches, answers, strict=True):
@@ -296,7 +314,7 @@ class Classifier:
         """Run one batch as it is and read it out.
 
         Args:
-            batch: at least one row, of at most `max_tasks` different tasks.
+            batch: at least one row, of at most `limits.tasks` different tasks.
 
         Raises:
             Failure: a prompt cannot be read, or onnxruntime fails.
@@ -321,14 +339,9 @@ class Classifier:
             values = (input_ids, mask, np.array(groups, np.int64))
             for name, value in zip(_TEXT_INPUTS, values, strict=True):
                 feed[name] = on_device(value, self._engine.device)
-            large = self._scores_bytes(len(batch), longest) > _LARGE
+            large = self.limits.cells(len(batch), longest) * self._score_bytes > _LARGE
             logits = self._engine.run(feed, give_back=large)[0].astype(np.float32)
         return logits[np.argsort(order)]
-
-    def _scores_bytes(self, rows: int, length: int) -> int:
-        before = self.bundle.prompt_tokens
-        queries = length + (before if self.bundle.mode == "full" else 0)
-        return 4 * self.bundle.size("num_heads") * rows * queries * (before + length)
 
     @staticmethod
     def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:
@@ -358,51 +371,6 @@ class Classifier:
                 )
             )
         return results
-
-    # ---- constants of a task -----------------------------------------------------------------
-
-    def _slot_shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """The bank's inputs in this mode, with the shape of a slot and the graph's type."""
-        size, length = self.bundle.size, self.bundle.prompt_tokens
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.bundle.mode == "full":
-            shapes["bank_prompts"] = (length, size("d_model"))
-        else:
-            layers, heads = size("num_layers"), size("num_heads")
-            shapes["bank_kv"] = (layers, 2, heads, length, size("d_kv"))
-            shapes["bank_states"] = (length, size("d_model"))
-        needed = {"input_ids", "task_id", "label_ids"} | set(shapes)
-        have = self._engine.inputs
-        unknown = set(have) - needed - {"attention_mask", "bank_length"}
-        if not needed <= set(have) or unknown:
-            raise Failure(
-                f"{self._engine.graph} takes {sorted(have)}, not what mode {self.bundle.mode} "
-                "gives it: export the bundle again"
-            )
-        return {name: (shape, have[name] or np.float32) for name, shape in shapes.items()}
-
-    def _constants(self, task: Task) -> dict[str, np.ndarray]:
-        """A task's arrays for the bank, from its prompt [p, D] padded on the left to [P, D]."""
-        arrays = task.arrays or self.bundle.read_prompt(task)
-        prompt = arrays["states" if self.bundle.mode == "deep" else "prompt_embeddings"]
-        gap = self.bundle.prompt_tokens - len(prompt)
-        length = np.array(len(prompt), np.int64)
-        padded = np.pad(prompt, ((gap, 0), (0, 0)))
-        if self.bundle.mode == "full":
-            return {"bank_prompts": padded, "bank_length": length}
-        if self.bundle.mode == "deep":
-            kv, states = np.pad(arrays["kv"], ((0, 0), (0, 0), (0, 0), (gap, 0), (0, 0))), padded
-        else:
-            feed = {"prompt": on_device(padded, "cpu"), "length": on_device(length, "cpu")}
-            kv, states = self._prefix_engine().run(feed)[:2]
-        return {"bank_kv": kv, "bank_states": states, "bank_length": length}
-
-    def _prefix_engine(self) -> Engine:
-        # Made at the first need; it shares the weights file, which is mapped, not copied.
-        if self._prefix is None:
-            path = self.bundle.folder / self.bundle.header["prefix_graph"]
-            self._prefix = Engine(path, threads=self.threads, providers=["CPUExecutionProvider"])
-        return self._prefix
 
 
 def check_text(text: Any, where: str) -> None:

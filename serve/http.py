@@ -79,13 +79,10 @@ class App:
         self.metrics = metrics(lambda: self.batcher.waiting, lambda: len(classifier.tasks))
         self.batcher = Batcher(
             classifier.run,
-            token_budget=classifier.token_budget,
-            max_rows=classifier.max_rows,
-            max_tasks=classifier.max_tasks,
+            limits=classifier.limits,
             max_wait=limits.max_wait,
             max_queue=limits.max_queue,
             deadline=limits.deadline,
-            run_cost=classifier.run_cost,
             workers=classifier.workers,
             observer=self.metrics,
         )

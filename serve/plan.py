@@ -5,26 +5,50 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from serve.tokenize import Encoded
 
 
-def plan(
-    encoded: Sequence[Encoded],
-    token_budget: int,
-    max_rows: int,
-    max_tasks: int,
-    run_cost: int,
-) -> list[list[int]]:
-    """Split texts into batches whose padded size, rows x longest row, is within the budget, and
-    whose padding costs no more than one more run would.
+@dataclass(frozen=True)
+class BatchLimits:
+    """What bounds a batch of B rows, the longest of S tokens.
 
-    Args:
-        encoded: the texts.
-        token_budget: padded tokens of a batch; a longer text runs alone.
-        max_rows: rows of a batch.
-        max_tasks: different tasks of a batch.
-        run_cost: what a run costs besides its tokens, in tokens.
+    tokens: B x S, padding included.
+    rows: B.
+    tasks: different ones.
+    run_cost: what a run costs besides its tokens, in tokens.
+    scores: see `cells`; None for no bound.
+        What no longer fits the processor's caches is slower in a larger batch, not faster.
+    queries, keys: tokens of the prompt that attend, and that are attended to.
+    """
+
+    tokens: int
+    rows: int
+    tasks: int
+    run_cost: int = 24
+    scores: int | None = None
+    queries: int = 0
+    keys: int = 0
+
+    def hold(self, rows: int, longest: int) -> bool:
+        """Whether so many rows may run together. A row alone always may."""
+        if rows == 1:
+            return True
+        return (
+            rows <= self.rows
+            and rows * longest <= self.tokens
+            and (self.scores is None or self.cells(rows, longest) <= self.scores)
+        )
+
+    def cells(self, rows: int, longest: int) -> int:
+        """Attention scores of a head and layer."""
+        return rows * (longest + self.queries) * (longest + self.keys)
+
+
+def plan(encoded: Sequence[Encoded], limits: BatchLimits) -> list[list[int]]:
+    """Split texts into batches within the limits, whose padding costs no more than one more run
+    would.
 
     Returns:
         Positions in `encoded`, each once: the longest texts first, so that memory peaks at once
@@ -39,10 +63,9 @@ def plan(
         padding += longest - len(item.ids)
         fits = (
             bool(batches)
-            and grown <= max_rows
-            and grown * longest <= token_budget
-            and padding <= run_cost
-            and (id(item.task) in tasks or len(tasks) < max_tasks)
+            and limits.hold(grown, longest)
+            and padding <= limits.run_cost
+            and (id(item.task) in tasks or len(tasks) < limits.tasks)
         )
         if fits:
             batches[-1].append(index)

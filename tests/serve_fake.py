@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from serve.classifier import Result
 from serve.errors import Failure, UserError
+from serve.plan import BatchLimits
 from serve.task import Task
 from serve.tokenize import Encoded
 
@@ -55,8 +56,8 @@ class FakeClassifier:
     """Has what `serve.http.App` uses of a `Classifier`."""
 
     def __init__(self, *, token_budget: int = 1000, max_rows: int = 8, max_tasks: int = 3) -> None:
-        self.token_budget, self.max_rows, self.max_tasks = token_budget, max_rows, max_tasks
-        self.run_cost, self.workers = 24, 1
+        self.limits = BatchLimits(token_budget, max_rows, max_tasks)
+        self.workers = 1
         self.tasks = {"film": task("film"), "food": task("food", ("no", "so", "yes"))}
         self.encoder = FakeEncoder()
         self.bundle = SimpleNamespace()

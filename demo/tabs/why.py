@@ -28,7 +28,7 @@ def build(room: Room) -> WhyTab:
     """Build the tab in the Blocks that is open."""
     first = room.main_tasks()[0]
     gr.Markdown(
-        "Every word is left out in turn, and all these texts run as one batch through the served "
+        "Every word is left out in turn, and all these texts run in batches through the served "
         "graph: no gradients, no second model.",
         elem_classes="lead",
     )
@@ -55,7 +55,7 @@ def build(room: Room) -> WhyTab:
             f'<p class="key"><span class="for">for {label}</span>'
             f'<span class="against">against {label}</span></p>'
         )
-        times = "one batch" if found.batches == 1 else f"about {found.batches} batches"
+        times = "one batch" if found.batches == 1 else f"{found.batches} batches"
         numbers = facts(
             [
                 (found.result.label, f"with {found.result.score:.0%}"),

@@ -11,6 +11,7 @@ from serve_fake import FakeClassifier, answer, task
 
 from serve.batcher import Batcher, ClientGone, DeadlinePassed, QueueFull, TooManyTexts
 from serve.errors import Failure
+from serve.plan import BatchLimits
 from serve.tokenize import Encoded
 
 FILM, FOOD = task("film"), task("food", ("no", "so", "yes"))
@@ -25,8 +26,9 @@ def run(
 ) -> FakeClassifier:
     """Run a test's story with a started batcher, and end it within seconds whatever happens."""
     fake = FakeClassifier()
-    values = {"token_budget": 100, "max_rows": 4, "max_tasks": 2, "max_wait": 0.0,
-              "max_queue": 20, "deadline": 5.0} | settings  # fmt: skip
+    bounds = {"tokens": 100, "rows": 4, "tasks": 2, "run_cost": 24, "scores": None}
+    limits = BatchLimits(**{key: settings.pop(key, value) for key, value in bounds.items()})
+    values = {"limits": limits, "max_wait": 0.0, "max_queue": 20, "deadline": 5.0} | settings
 
     async def main() -> None:
         batcher = Batcher(fake.run, **values)
@@ -150,7 +152,7 @@ def test_texts_of_like_length_share_a_batch() -> None:
         sizes = [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]]
         assert sizes == [[299, 300, 301], [4, 5]]
 
-    run(story, token_budget=10_000)
+    run(story, tokens=10_000)
 
 
 @pytest.mark.parametrize(("cost", "sizes"), [(1, [[10, 10], [12, 12]]), (100, [[10, 10, 12, 12]])])
@@ -170,6 +172,20 @@ def test_padding_is_run_where_a_run_of_its_own_costs_more(
         assert [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]] == sizes
 
     run(story, run_cost=cost)
+
+
+def test_long_texts_do_not_run_together_when_their_attention_is_too_much() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        mixed = send(batcher, rows(20, 30, 20, 30))
+        fake.gate.set()
+        await asyncio.gather(busy, mixed)
+        found = [[len(item.ids) for item in batch] for batch in fake.batches[1:]]
+        assert found == [[20, 20], [30], [30]]  # 2 x 20 x 20 is within 800, 2 x 30 x 30 is not
+
+    run(story, scores=800)
 
 
 def test_the_queue_is_bounded_in_texts() -> None:
@@ -287,7 +303,7 @@ def test_two_workers_run_two_batches_at_once() -> None:
         fake.gate.set()
         await asyncio.gather(*futures)
 
-    run(story, workers=2, max_rows=1)
+    run(story, workers=2, rows=1)
 
 
 def test_alive_is_false_while_a_batch_hangs() -> None:

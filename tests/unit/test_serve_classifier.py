@@ -13,7 +13,7 @@ import serve_toy as toy
 from serve import bundle
 from serve.classifier import MIB, Classifier
 from serve.errors import Failure, UserError
-from serve.plan import plan
+from serve.plan import BatchLimits, plan
 from serve.task import Task
 from serve.tokenize import Encoded, start_of
 
@@ -221,7 +221,7 @@ def test_plan_respects_budget_rows_and_tasks(folder: Path) -> None:
     rng = np.random.default_rng(3)
     tasks = [bundle.list_tasks(folder)["film"] for _ in range(7)]  # seven objects
     rows = [row(int(rng.integers(1, 50)), tasks[rng.integers(7)]) for _ in range(300)]
-    batches = plan(rows, token_budget=200, max_rows=12, max_tasks=3, run_cost=16)
+    batches = plan(rows, BatchLimits(tokens=200, rows=12, tasks=3, run_cost=16))
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     for batch in batches:
         assert len(batch) * max(len(rows[i].ids) for i in batch) <= 200
@@ -230,15 +230,32 @@ def test_plan_respects_budget_rows_and_tasks(folder: Path) -> None:
 
 def test_plan_runs_a_text_over_the_budget_alone(folder: Path) -> None:
     task = bundle.list_tasks(folder)["film"]
-    assert plan([row(500, task), row(3, task), row(2, task)], 100, 64, 9, 16) == [[0], [1, 2]]
+    rows = [row(500, task), row(3, task), row(2, task)]
+    assert plan(rows, BatchLimits(100, 64, 9, 16)) == [[0], [1, 2]]
 
 
 def test_plan_pads_as_long_as_it_costs_less_than_another_run(folder: Path) -> None:
     task = bundle.list_tasks(folder)["film"]
     rows = [row(length, task) for length in (10, 40, 9, 39, 38, 10)]
-    assert plan(rows, 1000, 64, 9, 3) == [[1, 3, 4], [0, 5, 2]]  # 1 + 2 and 0 + 1 padded
-    assert plan(rows, 1000, 64, 9, 2) == [[1, 3], [4], [0, 5, 2]]
-    assert plan(rows, 1000, 64, 9, 1000) == [[1, 3, 4, 0, 5, 2]]
+    # 1 + 2 and 0 + 1 padded
+    assert plan(rows, BatchLimits(1000, 64, 9, 3)) == [[1, 3, 4], [0, 5, 2]]
+    assert plan(rows, BatchLimits(1000, 64, 9, 2)) == [[1, 3], [4], [0, 5, 2]]
+    assert plan(rows, BatchLimits(1000, 64, 9, 1000)) == [[1, 3, 4, 0, 5, 2]]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 10), (10, 10)])
+def test_plan_bounds_the_attention_scores(folder: Path, queries: int, keys: int) -> None:
+    task = bundle.list_tasks(folder)["film"]
+    limits = BatchLimits(10**6, 64, 9, 10**6, scores=5000, queries=queries, keys=keys)
+    rows = [row(length, task) for length in [90] * 3 + [40] * 5 + [10] * 30]
+    batches = plan(rows, limits)
+    assert sorted(i for batch in batches for i in batch) == list(range(38))
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        longest = len(rows[batch[0]].ids)
+        row_scores = (longest + queries) * (longest + keys)
+        assert len(batch) == 1 or len(batch) * row_scores <= 5000
+        # Full: with the next text it would have been too much.
+        assert not after or (len(batch) + 1) * row_scores > 5000
 
 
 # ---- the bank ------------------------------------------------------------------------------------
