@@ -25,7 +25,7 @@ from serve.files import atomic_folder, read_json
 from trainer.modes import Params
 from trainer.parallel import workers
 from trainer.runs import METRICS_FILE
-from trainer.tensors import read_tensors, write_tensors
+from trainer.tensors import digest, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class State:
     finished: bool = False
     seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    due: dict[str, float] | None = None  # measured by a step whose evaluation is not done yet
 
 
 def check_rate(rate: float, steps: int, params: Params, flag: str = "--rate") -> None:
@@ -162,9 +163,12 @@ class Loop:
         self.params, self.gradient, self.evaluate = params, gradient, evaluate
         self.schedule, self.checkpoint = schedule, options.checkpoint
         self.fingerprint = json.loads(json.dumps(options.fingerprint or {}))
+        if self.checkpoint is not None:  # not to be continued from another start
+            self.fingerprint["start"] = digest(*(value.detach() for value in params.values()))
         self.label, self.watch = label, options.watch
         self.quiet = options.quiet or not workers().main
         self.state = State()
+        self._whole = True  # false while tensors and state do not belong to the same step
         self.best: Params = {name: value.detach().clone() for name, value in params.items()}
         self.optimizer = torch.optim.AdamW(
             list(params.values()), lr=schedule.rate, weight_decay=schedule.weight_decay
@@ -185,6 +189,8 @@ class Loop:
         try:
             if state.step == 0 and state.best is None:
                 self._evaluate({}, bar)  # the start counts too: training may never beat it
+            elif state.due is not None:  # it was stopped in an evaluation
+                self._evaluate(state.due, bar)
             while state.step < schedule.steps and not state.finished:
                 for group in self.optimizer.param_groups:
                     group["lr"] = schedule.rate * schedule.factor(state.step)
@@ -192,24 +198,31 @@ class Loop:
                 with workers().autocast():
                     measured = self.gradient(state.step)
                 if not math.isfinite(measured["loss"]):
+                    # Going on would end here again, and a lower rate is a run of its own.
+                    self.clean_up()
+                    self._whole = False
                     raise Failure(
                         f"the loss is {measured['loss']} at step {state.step}: lower the learning "
                         "rate and start again"
                     )
                 if schedule.clip is not None:
                     torch.nn.utils.clip_grad_norm_(list(self.params.values()), schedule.clip)
+                self._whole = False
                 self.optimizer.step()
                 state.step += 1
+                if state.step % schedule.evaluate_every == 0 or state.step == schedule.steps:
+                    state.due = measured
+                self._whole = True
                 bar.update()
                 bar.set_postfix(self._shown(measured), refresh=False)
-                if state.step % schedule.evaluate_every == 0 or state.step == schedule.steps:
+                if state.due is not None:
                     self._evaluate(measured, bar)
                 state.seconds = time.monotonic() - started
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
                     saved = time.monotonic()
         except BaseException:
-            if state.step:
+            if state.step and self._whole:  # otherwise the last checkpoint stands
                 with workers().undisturbed():
                     self._save()
             raise
@@ -236,6 +249,7 @@ class Loop:
         state = self.state
         with workers().autocast():
             score = self.evaluate()
+        self._whole = False
         # A loss that creeps down by less than a thousandth is no reason to go on.
         improved = score.loss < 0.999 * state.lowest_loss or (
             state.best is None or score.accuracy > state.highest_accuracy
@@ -261,6 +275,8 @@ class Loop:
             "rate": self.schedule.rate * self.schedule.factor(max(0, state.step - 1)),
         }
         state.metrics.append(line)
+        state.due = None
+        self._whole = True
         bar.set_postfix(self._shown(measured), refresh=False)
         if self.watch is not None:
             self.watch(state.step, line)

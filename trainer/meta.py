@@ -230,13 +230,20 @@ class TaskSampler:
         return np.concatenate(support), np.concatenate(query)
 
     def _balanced(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """2M rows in which the classes take turns; a class that runs out is skipped."""
+        """M rows of support and M of query, in each of which the classes take turns; a class that
+        runs out is skipped."""
         order = generator.permutation(rows)
-        turn = np.zeros(len(order), dtype=np.int64)
+        turn, side = np.zeros((2, len(order)), dtype=np.int64)
         for label in np.unique(self.labels[order]):
             where = np.flatnonzero(self.labels[order] == label)
-            turn[where] = np.arange(len(where))
+            # A class's rows go to support and query alternately, to which first by chance.
+            turn[where] = np.arange(len(where)) // 2
+            side[where] = (np.arange(len(where)) + generator.integers(2)) % 2
         # By turn first; among the rows of one turn at random, so no class leads every draw.
-        picked = order[np.lexsort((generator.random(len(order)), turn))][: 2 * self.samples]
-        # Alternate rows, so that support and query each hold the classes evenly.
-        return np.concatenate((picked[0::2], picked[1::2]))
+        queue = np.lexsort((generator.random(len(order)), turn))
+        halves = [queue[side[queue] == number] for number in (0, 1)]
+        short = 1 if len(halves[1]) < self.samples else 0
+        missing = max(0, self.samples - len(halves[short]))
+        spare = halves[1 - short][self.samples :][:missing]
+        halves[short] = np.concatenate((halves[short], spare))
+        return order[np.concatenate([half[: self.samples] for half in halves])]

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from serve.files import atomic_write, write_json
 from trainer.data import Examples, load_task, normalise
 from trainer.options import output_folder, pick_device
 from trainer.prompt import Prompt
-from trainer.runs import RUN_FILE, versions
+from trainer.runs import RUN_FILE, versions, write_record
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,17 @@ class Files:
         return self.out / f"{task}-from-{start}"
 
 
-def _fresh(result: Path, config: Any) -> bool:
-    """Whether a stage's result is there, made with the same settings."""
-    run = result / RUN_FILE if result.is_dir() else result.with_suffix(".run.json")
+def _record_of(result: Path) -> Path:
+    return result / RUN_FILE if result.is_dir() else result.with_suffix(".run.json")
+
+
+def _fresh(result: Path, config: Any, inputs: Sequence[Path] = ()) -> bool:
+    """Whether a stage's result is there, made with the same settings and after its inputs."""
+    run = _record_of(result)
     if not result.exists() or not run.is_file():
+        return False
+    made = run.stat().st_mtime_ns
+    if any(_record_of(path).stat().st_mtime_ns > made for path in inputs):
         return False
     try:
         return json.loads(run.read_text()).get("config") == as_json(config)
@@ -90,8 +97,11 @@ def _fresh(result: Path, config: Any) -> bool:
         return False
 
 
-def _stage(title: str, result: Path, config: Any, run: Callable[[Any], object]) -> None:
-    if _fresh(result, config):
+def _stage(
+    title: str, result: Path, config: Any, run: Callable[[Any], object],
+    inputs: Sequence[Path] = (),
+) -> None:  # fmt: skip
+    if _fresh(result, config, inputs):
         log.info("== %s: there already", title)
         return
     log.info("== %s", title)
@@ -100,14 +110,22 @@ def _stage(title: str, result: Path, config: Any, run: Callable[[Any], object]) 
     log.info("   %.0f s", time.monotonic() - started)
 
 
-def write_source(files: Files, seed: int) -> None:
+@dataclass
+class SourceConfig:
+    """What the draw of the open text depends on."""
+
+    out: str
+    seed: int
+
+
+def write_source(files: Files, config: SourceConfig) -> None:
     """Film ratings for the labeller, and the other sentences as open text without labels."""
     import csv
 
     from trainer import vader
 
     rated = vader.load("film", 2)
-    order = np.random.default_rng(seed).permutation(len(rated))
+    order = np.random.default_rng(config.seed).permutation(len(rated))
     taught = rated.take(order[: len(rated) // 2])
     everything = vader.sentences()
     # Neither what the labeller learned from nor a sentence of the domains that prompts are tuned
@@ -126,6 +144,7 @@ def write_source(files: Files, seed: int) -> None:
         path.write_text(
             "".join(f"{text}\n" for text in texts if normalise(text) not in known), "utf-8"
         )
+    write_record(_record_of(files.text), "source", config)
 
 
 def _train(config: QuickstartConfig, files: Files) -> None:
@@ -134,17 +153,18 @@ def _train(config: QuickstartConfig, files: Files) -> None:
     from trainer.source import MetaConfig, run_meta
     from trainer.tune import TuneConfig, run_tune
 
-    if not (files.rated.is_file() and files.text.is_file()):
-        write_source(files, config.seed)
+    source = SourceConfig(str(files.text), config.seed)
+    if not (files.rated.is_file() and _fresh(files.text, source)):
+        write_source(files, source)
     label = LabelConfig(
         out=str(files.labelled), corpus=[str(files.text)], data=str(files.rated),
         threshold=0.6, per_class=config.sentences, seed=config.seed,
     )  # fmt: skip
-    _stage("label open text (4.1)", files.labelled, label, run_label)
+    _stage("label open text (4.1)", files.labelled, label, run_label, [files.text])
     cluster = ClusterConfig(
         data=str(files.labelled), out=str(files.clusters), k=config.clusters, seed=config.seed
     )
-    _stage("cluster it into tasks (4.2)", files.clusters, cluster, run_cluster)
+    _stage("cluster it into tasks (4.2)", files.clusters, cluster, run_cluster, [files.labelled])
     common: dict[str, Any] = {
         "backbone": config.backbone, "mode": config.mode, "prompt_tokens": config.prompt_tokens,
         "seed": config.seed, "device": config.device, "max_tokens": 64,
@@ -153,7 +173,13 @@ def _train(config: QuickstartConfig, files: Files) -> None:
         data=str(files.clusters), out=str(files.metapt), steps=config.meta_steps,
         inner_rate=config.inner_rate, rate=config.outer_rate, evaluate_every=20, **common,
     )  # fmt: skip
-    _stage(f"MetaPT, {config.meta_steps} outer steps (4.3)", files.metapt, meta, run_meta)
+    _stage(
+        f"MetaPT, {config.meta_steps} outer steps (4.3)",
+        files.metapt,
+        meta,
+        run_meta,
+        [files.clusters],
+    )
     for task in TASKS:
         for start in STARTS:
             init = str(files.metapt) if start == "metapt" else "random"
@@ -166,7 +192,8 @@ def _train(config: QuickstartConfig, files: Files) -> None:
                 **common,
             )
             title = f"tune {task} on 40 samples, from {start} (A.4)"
-            _stage(title, files.prompt(task, start), tune, run_tune)
+            inputs = [files.metapt] if start == "metapt" else []
+            _stage(title, files.prompt(task, start), tune, run_tune, inputs)
 
 
 def _export(config: QuickstartConfig, files: Files) -> None:

@@ -24,6 +24,7 @@ from trainer.prompt import Prompt, TaskRecord, save_prompt
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
+from trainer.tensors import digest
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,8 @@ def run_tune(config: TuneConfig) -> None:
     task = config.resolve_task()
     train, validation = draw(config, task, config.load(task, "train"))
     backbone = config.load_backbone()
-    run = record("tune", config, backbone_sha256=backbone.sha256)
+    data = digest(train.texts, train.labels, validation.texts, validation.labels)
+    run = record("tune", config, backbone_sha256=backbone.sha256, data_sha256=data)
     options = RunOptions(checkpoint_folder(out), run)
     tuned = tune(backbone, task, train, validation, config, options)
     if not workers().main:

@@ -16,10 +16,18 @@ class Killed(Exception):
     pass
 
 
-def make_loop(folder: Path | None, *, kill_at: int | None = None, steps: int = 30) -> Loop:
+def make_loop(
+    folder: Path | None,
+    *,
+    kill_at: int | None = None,
+    kill_in: int | None = None,
+    steps: int = 30,
+    scale: float = 1.0,
+) -> Loop:
     """Least squares on data that depend on the step only."""
     torch.manual_seed(0)
-    params = {"p": torch.randn(4, 3).requires_grad_(), "q": torch.randn(2).requires_grad_()}
+    start = (scale * torch.randn(4, 3), torch.randn(2))
+    params = {"p": start[0].requires_grad_(), "q": start[1].requires_grad_()}
 
     def loss() -> torch.Tensor:
         return (params["p"] ** 2).sum() + ((params["q"] - 1) ** 2).sum()
@@ -33,13 +41,16 @@ def make_loop(folder: Path | None, *, kill_at: int | None = None, steps: int = 3
         return {"loss": float(value.detach())}
 
     def evaluate() -> Score:
+        if loop.state.step == kill_in:
+            raise KeyboardInterrupt
         return Score(0.5, float(loss().detach()))
 
     schedule = Schedule(
         steps, 0.05, weight_decay=0.01, warmup=5, decay=True, evaluate_every=4, patience=50
     )
     options = RunOptions(checkpoint=folder, fingerprint={"a": 1}, quiet=True)
-    return Loop(params, gradient, evaluate, schedule, options)
+    loop = Loop(params, gradient, evaluate, schedule, options)
+    return loop
 
 
 @pytest.mark.parametrize("kill_at", [1, 13, 29])
@@ -55,6 +66,56 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, kill_at: int) -> 
     assert all(torch.equal(resumed.params[n], whole.params[n]) for n in want)
     assert resumed.metrics_text() == whole.metrics_text()
     resumed.clean_up()
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kill_in", [4, 12, 30])
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path: Path, kill_in: int) -> None:
+    whole = make_loop(None)
+    want = whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        make_loop(tmp_path / "c", kill_in=kill_in).run()
+    resumed = make_loop(tmp_path / "c")
+    got = resumed.run()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert resumed.metrics_text() == whole.metrics_text()
+    assert resumed.state.best_step == whole.state.best_step
+
+
+def test_an_interrupt_within_a_step_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """Tensors that a step has changed half-way are not saved as if it had not begun."""
+    want = make_loop(None).run()
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9).run()
+    torn = make_loop(tmp_path / "c")
+    step = torn.optimizer.step
+
+    def interrupted() -> None:
+        step()
+        if torn.state.step == 17:
+            raise KeyboardInterrupt
+
+    torn.optimizer.step = interrupted  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    resumed = make_loop(tmp_path / "c")
+    assert all(torch.equal(value, want[name]) for name, value in resumed.run().items())
+
+
+def test_a_checkpoint_of_another_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9).run()
+    with pytest.raises(UserError, match="other settings"):
+        make_loop(tmp_path / "c", scale=2.0).run()
+
+
+def test_a_run_that_diverged_leaves_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9).run()
+    loop = make_loop(tmp_path / "c")
+    loop.gradient = lambda step: {"loss": float("inf")}
+    with pytest.raises(Failure, match="lower the learning rate"):
+        loop.run()
     assert not (tmp_path / "c").exists()
 
 

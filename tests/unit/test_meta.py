@@ -157,9 +157,25 @@ def test_draws_are_disjoint_in_their_cluster_and_repeatable() -> None:
 def test_balanced_draws_hold_each_class_evenly() -> None:
     clusters = np.zeros(50, dtype=int)
     labels = np.array([0] * 40 + [1] * 10)
-    support, query = TaskSampler(clusters, labels, 4, balanced=True).draw(0, 0)
-    assert labels[support].sum() + labels[query].sum() == 4
-    assert len(set(support) | set(query)) == 8
+    sampler = TaskSampler(clusters, labels, 4, balanced=True)
+    draws = [sampler.draw(0, step) for step in range(50)]
+    for support, query in draws:
+        assert labels[support].sum() == labels[query].sum() == 2
+        assert len(set(support) | set(query)) == 8
+    assert len({tuple(sorted(support)) for support, _ in draws}) > 40  # not the same rows again
+
+
+@pytest.mark.parametrize("counts", [[3, 5], [1, 1, 6], [7, 1], [2, 2, 2, 2], [8], [3, 3, 3]])
+def test_balanced_draws_fill_both_sides_from_the_fewest_rows(counts: list[int]) -> None:
+    """With 2M rows or hardly more every one is needed, whichever classes they are of."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    sampler = TaskSampler(np.zeros(len(labels), dtype=int), labels, 4, balanced=True)
+    for step in range(30):
+        support, query = sampler.draw(1, step)
+        assert len(support) == len(query) == 4 and len(set(support) | set(query)) == 8
+        if counts == [3, 3, 3]:  # classes of 1, 1 and 2 rows on each side
+            assert {*np.bincount(labels[support], minlength=3)} <= {1, 2}
+            assert {*np.bincount(labels[query], minlength=3)} <= {1, 2}
 
 
 def test_small_clusters_are_named() -> None:
