@@ -14,6 +14,7 @@ Everything here runs on the event loop's thread, except `run`, which gets a thre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -30,6 +31,7 @@ from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)
 
+THREADS = "metapt-"  # how the names of a server's threads begin
 _WINDOW = 4  # times `max_rows`: how many of the oldest texts are looked at for a batch
 
 
@@ -138,7 +140,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batch")
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix=f"{THREADS}batch")
         self._tasks = [asyncio.create_task(self._work(n)) for n in range(self._workers)]
 
     async def stop(self, seconds: float) -> bool:
@@ -148,9 +150,9 @@ class Batcher:
             Whether every accepted request was answered.
         """
         self.drain()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
+        if self._open:
             log.warning("%d requests were not answered before the end", len(self._open))
         for task in self._tasks:
             task.cancel()

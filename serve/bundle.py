@@ -7,7 +7,8 @@
 
 Adding, replacing or removing a task rewrites `bundle.json` by one rename: a prompt's file name
 carries its hash, so an old and a new prompt never share a name, and a killed writer leaves the
-bundle as it was. Writers hold a lock on `.lock`, so that none loses another's update.
+bundle as it was. Writers hold a lock on `.lock`, so that none loses another's update. The prompt of
+a task that was replaced or removed stays for an hour, because servers still read it.
 
 Notation: P prompt tokens, D model width, L layers, H heads, K width of a head, C classes.
 """
@@ -18,17 +19,19 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, explain_os_error
 from serve.files import atomic_write, read_json, sha256, write_json
 from serve.task import Task, is_count, make_task, need
 
@@ -38,6 +41,7 @@ MODES = ("prefix", "full", "deep")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]*")  # of a path: no "..", no separators, no drive
 _SIZES = ("d_model", "num_layers", "num_heads", "d_kv", "vocab_size")
 _OWN = ("format", "version", "tasks", "files", "checksum")  # keys that this module writes
+_KEPT = 3600.0  # seconds that a prompt stays after its task was replaced or removed
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -89,11 +93,27 @@ class Bundle:
         [L, 2, H, p, K] and `states` [p, D] in its place.
 
         Raises:
-            Failure: the file is missing, damaged, or not of the backbone's shape.
+            Failure: the file is missing, damaged, not to be read, or not of the backbone's shape.
         """
         path = self.folder / task.prompt
-        _check_file(path, task.size_bytes, task.sha256)
-        return parse_prompt(path.read_bytes(), self, str(path))
+        with _readable():
+            if not path.is_file() and not self._refers_to(task):
+                raise Failure(f"task '{task.name}' was replaced in the folder: load it")
+            _check_file(path, task.size_bytes, task.sha256)
+            data = path.read_bytes()
+        return parse_prompt(data, self, str(path))
+
+    def _refers_to(self, task: Task) -> bool:
+        """Whether the folder, as it is now, still has this version of a task."""
+        path = self.folder / "bundle.json"
+        if not path.is_file():
+            return True  # not another version, but no bundle any more
+        return task.prompt in _prompts(_parse(self.folder, path, read_json(path)))
+
+    def has_other_graphs(self, fresh: Bundle) -> bool:
+        """Whether `fresh`, the folder read again, was exported anew: with other weights, another
+        tokenizer or other sizes, to which this bundle's tasks do not fit, nor its tasks to this."""
+        return (self.files, self.header) != (fresh.files, fresh.header)
 
 
 def load(folder: str | Path, *, verify: bool = True) -> Bundle:
@@ -106,15 +126,39 @@ def load(folder: str | Path, *, verify: bool = True) -> Bundle:
 
     Raises:
         UserError: there is no bundle at `folder`.
-        Failure: a file is missing, truncated, altered or swapped, or the format is newer.
+        Failure: a file is missing, truncated, altered, swapped or not to be read, or the format is
+            newer.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: pass the folder of a bundle")
     path = folder / "bundle.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a bundle: it has no bundle.json")
-    bundle = _parse(folder, path, read_json(path))
+    with _readable():
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: pass the folder of a bundle")
+        if not path.is_file():
+            raise UserError(f"{folder} is not a bundle: it has no bundle.json")
+        document = read_json(path)
+        try:
+            return _check(_parse(folder, path, document), verify)
+        except Failure:
+            again = read_json(path)
+            if again == document:
+                raise
+            return _check(_parse(folder, path, again), verify)  # it was written meanwhile
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raises: Failure in place of an OSError, as when a network file system is gone."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(explain_os_error(error)) from error
+
+
+def _check(bundle: Bundle, verify: bool) -> Bundle:
+    """The bundle, when every file that it refers to is there. Other files do not matter: prompts
+    of replaced tasks, and those that a writer is about to add."""
+    folder = bundle.folder
     wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in bundle.files.items()}
     wanted |= {task.prompt: (task.size_bytes, task.sha256) for task in bundle.tasks.values()}
     for name, (size, _) in wanted.items():
@@ -329,14 +373,12 @@ def add_task(
             temporary.write_bytes(data)
         old = bundle.tasks.get(name)
         bundle.tasks[name] = task
-        _write(bundle)
-        if old is not None and old.prompt != path:
-            (folder / old.prompt).unlink(missing_ok=True)
+        _write_without(bundle, old)
     return task
 
 
 def remove_task(folder: str | Path, name: str) -> None:
-    """Remove a task and its prompt.
+    """Remove a task; its prompt goes with a write of an hour later.
 
     Raises:
         UserError: there is no such task.
@@ -345,9 +387,29 @@ def remove_task(folder: str | Path, name: str) -> None:
     with _locked(folder) as bundle:
         if name not in bundle.tasks:
             raise UserError(f"{folder} has no task '{name}': it has {', '.join(bundle.tasks)}")
-        old = bundle.tasks.pop(name)
-        _write(bundle)
-        (folder / old.prompt).unlink(missing_ok=True)
+        _write_without(bundle, bundle.tasks.pop(name))
+
+
+def _prompts(bundle: Bundle) -> set[str]:
+    return {task.prompt for task in bundle.tasks.values()}
+
+
+def _write_without(bundle: Bundle, old: Task | None) -> None:
+    """Write a bundle of which the task `old` was taken, and remove the prompts whose time is over.
+
+    Servers that run have not heard of it yet: requests that they accepted, and tasks that gave way
+    in their bank, need the old prompt for a while.
+    """
+    if old is not None:
+        with suppress(OSError):  # another user's file
+            os.utime(bundle.folder / old.prompt)  # its hour begins now, not when it was made
+    _write(bundle)
+    needed = _prompts(bundle) | set(bundle.files)
+    for path in (bundle.folder / "prompts").glob("*.safetensors"):
+        if path.relative_to(bundle.folder).as_posix() not in needed:
+            with suppress(OSError):
+                if path.stat().st_mtime < time.time() - _KEPT:
+                    path.unlink()
 
 
 def list_tasks(folder: str | Path) -> dict[str, Task]:

@@ -105,7 +105,7 @@ class Classifier:
 
         Raises:
             UserError: no such bundle, precision or provider, or a value out of range.
-            Failure: a damaged bundle, named by file.
+            Failure: a damaged bundle, named by file, or a provider that does not start.
         """
         self.bundle = bundles.load(bundle, verify=verify)
         header = self.bundle.header
@@ -125,7 +125,10 @@ class Classifier:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="classify")
         graph = self.bundle.graph(precision)
         self._grouped = bool(header.get("grouped"))  # bundles of before have a slot for each row
-        self._engine = Engine(graph, threads=self.threads, providers=self._providers, spin=spin)
+        self._engine = Engine(
+            graph, threads=self.threads, providers=self._providers, spin=spin,
+            fallback=providers is None,
+        )  # fmt: skip
         log.info(
             "%s: %s on %s, %s, %d tasks", self.bundle.folder, precision, self._engine.device,
             f"{self.threads} threads" if self.workers == 1
@@ -186,7 +189,7 @@ class Classifier:
 
         Raises:
             UserError: the bundle has no such task, or record and prompt do not fit it.
-            Failure: its prompt is damaged.
+            Failure: its prompt is damaged, or the folder was exported again with other graphs.
         """
         with self._changing:
             return self.serve_task(self.read_task(name, record, prompt))
@@ -200,6 +203,8 @@ class Classifier:
         """The checked task that `add_task` would serve, with its prompt in `arrays`."""
         if record is None or prompt is None:
             fresh = bundles.load(self.bundle.folder, verify=False)
+            if self.bundle.has_other_graphs(fresh):  # a prompt belongs to the weights it saw
+                raise Failure(f"{fresh.folder} has other graphs now: restart the server")
             if name not in fresh.tasks:
                 raise UserError(
                     f"{fresh.folder} has no task '{name}': it has "
@@ -235,8 +240,8 @@ class Classifier:
             self._replace(name, None)
 
     def warm(self) -> None:
-        """Fill the bank with as many tasks as fit and run once, so that the first request waits
-        for neither.
+        """Fill the bank with as many tasks as fit and run the first of them once, so that the first
+        request waits for neither.
 
         Raises:
             Failure: a prompt is damaged; it names the file.

@@ -22,6 +22,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import types
@@ -115,8 +116,8 @@ def _convert(field: dataclasses.Field[Any], kind: type, value: Any, flag: str) -
     if meta.get("choices") and result not in meta["choices"]:
         raise UserError(f"{flag} takes one of {', '.join(meta['choices'])}, not {value!r}")
     low, high = meta.get("minimum"), meta.get("maximum")
-    if isinstance(result, float) and result != result:
-        raise UserError(f"{flag} takes a number, not {value!r}")
+    if isinstance(result, float) and not math.isfinite(result):
+        raise UserError(f"{flag} takes a finite number, not {value!r}")
     if low is not None and result < low:
         raise UserError(f"{flag} must be at least {low:g}, not {value}")
     if high is not None and result > high:

@@ -24,6 +24,7 @@ from typing import Any
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -204,15 +205,18 @@ def app(args: Mapping[str, Any]) -> ray_serve.Application:
     """For `serve run serve.cluster:app KEY=VALUE ...`, and for Serve's configuration files.
 
     Args:
-        args: the flags of `python -m serve cluster`, with `_` for `-`; `bundle` may stand in the
-            environment variable METAPT_BUNDLE, the admin token in METAPT_ADMIN_TOKEN. Address,
-            port and cluster are Ray's own flags here.
+        args: the flags of `python -m serve cluster`, with `_` for `-` and commas between several
+            values; `bundle` may stand in the environment variable METAPT_BUNDLE, the admin token in
+            METAPT_ADMIN_TOKEN. Address, port and cluster are Ray's own flags here.
 
     Raises:
         UserError: as `application`, or an unknown key.
     """
     values = {key: {"true": True, "false": False}.get(value, value) if isinstance(value, str)
               else value for key, value in args.items()}  # fmt: skip
+    providers = values.get("providers")  # the only setting that is a list
+    if isinstance(providers, str):
+        values["providers"] = providers.split(",")
     for key in ("ray", "host", "port", "detach"):
         if key in values:
             raise UserError(f"{key}: pass it to Ray (see serve run --help)")
@@ -232,6 +236,7 @@ def deploy(config: ClusterConfig) -> int:
     Raises:
         UserError: settings that do not go together, or no such bundle (on a local cluster).
         Failure: no cluster answers, the port is taken, or the replicas do not start.
+        KeyboardInterrupt: SIGTERM or SIGINT came before the replicas were ready.
     """
     if config.detach and config.ray == "local":
         raise UserError("--detach needs a cluster that stays: start one with ray start --head, "
@@ -249,18 +254,29 @@ def deploy(config: ClusterConfig) -> int:
     logging.getLogger("ray").setLevel(logging.WARNING)
     if config.ray == "local":
         _check_cores(config)
-    ended = threading.Event()
+    ready, ended = threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        ended.set()
+        if not ready.is_set():  # Ray waits without limit, for a GPU that there is not, say
+            raise KeyboardInterrupt
+
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, stop)
     try:
         ray_serve.start(http_options={"host": config.host, "port": config.port})
         try:
             ray_serve.run(target, name=NAME, route_prefix="/")
+            ready.set()
+        except KeyboardInterrupt:
+            if config.ray != "local" and not config.detach:
+                ray_serve.delete(NAME)
+            raise
         except RayServeException as error:  # for example another application is at this route
             raise Failure(f"Ray Serve refuses the application: {error}") from None
         except RuntimeError as error:
             raise Failure(f"the replicas did not start: {_reason(error)}") from None
-        log.info("ready on http://%s:%d, documentation on /docs", config.host, config.port)
+        _say_ready(config)
         if config.detach:
             return 0
         ended.wait()
@@ -269,6 +285,18 @@ def deploy(config: ClusterConfig) -> int:
         return 0
     finally:
         ray.shutdown()  # a local Ray ends with it
+
+
+def _say_ready(config: ClusterConfig) -> None:
+    """Log where the cluster's proxies listen: if Serve ran there before, not where we asked for."""
+    client: Any = _get_global_client()  # the address is told nowhere else
+    proxies = client.http_config
+    if (proxies.host, proxies.port) != (config.host, config.port):
+        log.warning(
+            "--host %s --port %d were not used: Ray Serve listened elsewhere already (serve "
+            "shutdown ends it)", config.host, config.port,
+        )  # fmt: skip
+    log.info("ready on http://%s:%d, documentation on /docs", proxies.host, proxies.port)
 
 
 def _check_cores(config: ClusterConfig) -> None:

@@ -89,7 +89,13 @@ class Engine:
     """
 
     def __init__(
-        self, graph: Path, *, threads: int, providers: Sequence[str], spin: bool = True
+        self,
+        graph: Path,
+        *,
+        threads: int,
+        providers: Sequence[str],
+        spin: bool = True,
+        fallback: bool = True,
     ) -> None:
         """Args:
             graph: the .onnx file; its weights are found beside it.
@@ -97,9 +103,11 @@ class Engine:
             providers: in the order of preference.
             spin: let idle threads spin for the next operator. Fastest for a process that only
                 classifies; a server has better use for the cores between two batches.
+            fallback: whether a provider that does not start may be left out, as onnxruntime does
+                without an error. False for those that the user asked for by name.
 
         Raises:
-            Failure: onnxruntime does not load the graph.
+            Failure: onnxruntime does not load the graph, or leaves a provider out.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -112,6 +120,12 @@ class Engine:
         except Exception as error:  # onnxruntime's errors share no base class
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Failure(f"onnxruntime cannot load {graph} ({first}): export it again") from error
+        missing = [name for name in providers if name not in self._session.get_providers()]
+        if missing and not fallback:
+            raise Failure(
+                f"onnxruntime cannot start {', '.join(missing)} on this machine: check its device, "
+                "driver and libraries, or leave it out of --providers"
+            )
         self.graph = graph
         self._shrinking = ort.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

@@ -18,6 +18,8 @@ _CHUNK = 1 << 20  # bytes hashed at a time, so that a weights file need not fit 
 
 
 def _sibling(path: Path) -> Path:
+    if path.name in ("", ".."):  # not by a name: the current folder, its parent or the root
+        raise UserError(f"'{path}' cannot be replaced: pass a name as --out")
     # Beside the target, so that the rename stays on one file system and is atomic.
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
@@ -59,7 +61,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
             leaves either the old or the new folder whole under a name that starts with `path`.
 
     Raises:
-        UserError: `path` exists and `replace` is false, or it is a file.
+        UserError: `path` exists and `replace` is false, or it is a file, or "." or "..".
     """
     path = Path(path)
     if path.exists() and not path.is_dir():

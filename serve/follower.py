@@ -126,7 +126,7 @@ class Follower:
             self._complain("", f"{folder} cannot be read again: {error}")
             self.problems |= dict.fromkeys(again, self.problems[""])
             return
-        if fresh.files != self._classifier.bundle.files:
+        if self._classifier.bundle.has_other_graphs(fresh):
             message = f"{folder} has other graphs now: deploy the application again"
             self._complain("", message)
             self.problems |= dict.fromkeys(again, message)

@@ -16,6 +16,7 @@ from typing import Any
 
 from serve import protocol
 from serve.batcher import (
+    THREADS,
     Batcher,
     ClientGone,
     DeadlinePassed,
@@ -27,8 +28,9 @@ from serve.classifier import Classifier, Result
 from serve.errors import Failure
 from serve.metrics import Metrics
 from serve.protocol import Query, RequestError
-from serve.routes import make_routes
+from serve.routes import INTERNAL, make_routes
 from serve.task import Task
+from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _INLINE = 4000  # characters that are tokenized on the loop's thread (under a millisecond)
+_PART = 8  # texts that are tokenized elsewhere before it is looked whether anybody still waits
 _JSON = (b"content-type", b"application/json")
 
 
@@ -86,15 +89,15 @@ class App:
             workers=classifier.workers,
             observer=self.metrics,
         )
-        self.side = ThreadPoolExecutor(1, thread_name_prefix="side")  # long texts
+        self.side = ThreadPoolExecutor(1, thread_name_prefix=f"{THREADS}side")  # long texts
         # New tasks: in a cluster they wait for all replicas, which no text has to wait for.
-        self.admin = ThreadPoolExecutor(1, thread_name_prefix="admin")
+        self.admin = ThreadPoolExecutor(1, thread_name_prefix=f"{THREADS}admin")
         self.all_answered = True
         self._started = False
         self._rest = make_routes(self, admin_token)
 
     async def start(self) -> None:
-        """Fill the bank, run each task once, and take requests from now on."""
+        """Fill the bank, run once, and take requests from now on."""
         await asyncio.get_running_loop().run_in_executor(self.side, self.classifier.warm)
         await self.batcher.start()
         self._started = True
@@ -103,7 +106,7 @@ class App:
         """Answer what was accepted within so many seconds, and end."""
         self.drain()
         self.all_answered = await self.batcher.stop(seconds)
-        self.side.shutdown(wait=False)
+        self.side.shutdown(wait=False, cancel_futures=True)
         self.admin.shutdown(wait=False)
 
     def drain(self) -> None:
@@ -126,7 +129,12 @@ class App:
             ):
                 await self.infer(scope, receive, send)
             else:
-                await self._rest(scope, receive, send)
+                try:
+                    await self._rest(scope, receive, send)
+                except ClientGone:
+                    pass
+                except Exception:  # it was answered; starlette raises it again for the log
+                    log.exception("%s %s failed", scope["method"], path)
         else:
             await send({"type": "websocket.close", "code": 1000})
 
@@ -188,8 +196,16 @@ class App:
         if sum(map(len, query.texts)) <= _INLINE:
             encoded = encode(query.texts, tasks)
         else:
-            loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(self.side, encode, query.texts, tasks)
+            work = self.side.submit(self._encode_parts, request, query.texts, tasks)
+            done = asyncio.wrap_future(work)
+            try:  # the deadline holds while it waits for its turn, too
+                await asyncio.wait((done, request.future), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not done.done():
+                    done.cancel()  # and with it the work, unless it has begun
+            if request.future.done():
+                return
+            encoded = done.result()
         self.metrics.tokenized(time.perf_counter() - begun)
         if not query.truncate:
             for index, item in enumerate(encoded):
@@ -200,6 +216,16 @@ class App:
                         "'truncate': true"
                     )  # fmt: skip
         self.batcher.enqueue(request, encoded)
+
+    def _encode_parts(self, request: Request, texts: list[str], tasks: list[Task]) -> list[Encoded]:
+        """Tokenize in a thread, for as long as somebody waits for the request's answer."""
+        encoded: list[Encoded] = []
+        for start in range(0, len(texts), _PART):
+            if request.future.done():
+                break
+            part = slice(start, start + _PART)
+            encoded += self.classifier.encoder.encode(texts[part], tasks[part])
+        return encoded
 
     async def read_body(self, scope: Scope, receive: Receive, limit: int) -> bytes:
         """A request's body.
@@ -257,7 +283,7 @@ def _explain(error: Exception) -> tuple[int, str, list[tuple[bytes, bytes]]]:
         log.error("%s", error)
         return 503, "the task cannot be run at the moment; the server's log says why", []
     log.error("a request failed", exc_info=error)
-    return 500, "internal error; the server's log says why", []
+    return 500, INTERNAL, []
 
 
 def _closing(send: Send) -> Send:

@@ -18,6 +18,7 @@ _REASONS = {
     415: "The body is compressed",
     422: "A text is too long and may not be cut, or there are too many texts",
     429: "The queue is full; Retry-After says when to come back",
+    500: "An error of the server's own; its log says more",
     503: "Not ready, or the task cannot be run",
     504: "The deadline passed",
 }

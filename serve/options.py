@@ -37,7 +37,10 @@ class ModelConfig:
         None, help="longest text with its template; longer ones are cut", minimum=1
     )
     bank_memory: float = option(
-        512.0, help="MiB for the prompts' constants; the least used give way", minimum=0.001
+        512.0,
+        help="MiB for the prompts' constants; the least used give way",
+        minimum=0.001,
+        maximum=1e9,
     )
     verify: bool = option(True, help="check the hash of every file of the bundle at start")
 
@@ -55,9 +58,13 @@ class ServerConfig(ModelConfig):
         1024, help="texts that may wait; past it 429, counted per text", minimum=1
     )
     deadline: float = option(
-        10.0, help="seconds from arrival to answer; past it 504", minimum=0.001
+        10.0,
+        minimum=0.001,
+        help="seconds from the last byte of a request to its answer; past it 504",
     )
-    max_body: float = option(1.0, help="MiB of a request's body; past it 413", minimum=0.001)
+    max_body: float = option(
+        1.0, help="MiB of a request's body; past it 413", minimum=0.001, maximum=1e6
+    )
     drain: float = option(
         30.0, help="seconds that accepted requests get to finish at the end", minimum=0
     )
@@ -144,5 +151,9 @@ def make_limits(config: ServerConfig, linger: float = 0.0) -> Limits:
 
 
 def admin_token(config: ServerConfig) -> str | None:
-    """The token of the flag, or of the environment; None when there is none."""
-    return config.admin_token or os.environ.get("METAPT_ADMIN_TOKEN") or None
+    """The token of the flag, or of the environment; None when there is none.
+
+    White space around it goes: a secret that was made of a file often ends with a new line, which
+    no client could send.
+    """
+    return (config.admin_token or os.environ.get("METAPT_ADMIN_TOKEN") or "").strip() or None

@@ -161,17 +161,26 @@ def parse_infer(body: bytes, task: str) -> Query:
         raise RequestError(
             400, f"'inputs[0].data' holds {len(texts)} texts, its shape says {shape[0]}"
         )
-    parameters = value.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise RequestError(400, "'parameters' must be an object")
-    query = Query(texts, [task] * len(texts), _truncate(parameters.get("truncate", True)))
-    if "id" in value:
-        if not isinstance(value["id"], str):
-            raise RequestError(400, "'id' must be a string")
-        query.id = value["id"]
+    truncate = parameters_in(value).get("truncate", True)
+    query = Query(texts, [task] * len(texts), _truncate(truncate))
+    query.id = value.get("id")
+    if query.id is not None and not isinstance(query.id, str):
+        raise RequestError(400, "'id' must be a string")
     if value.get("outputs"):
         query.outputs = _outputs(value["outputs"])
     return query
+
+
+def parameters_in(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The `parameters` of a request; null, as some clients write, is none.
+
+    Raises:
+        RequestError: 400, they are not an object.
+    """
+    parameters = value.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise RequestError(400, "'parameters' must be an object")
+    return parameters or {}
 
 
 def _outputs(value: Any) -> list[str]:
@@ -214,18 +223,22 @@ def version_of(task: Task) -> str:
 
 
 def metadata(task: Task) -> dict[str, Any]:
-    """The answer of `GET /v2/models/{task}`."""
+    """The answer of `GET /v2/models/{task}`. Only one version is served, and no route takes one, so
+    there is no `versions`, which clients would ask for by `/versions/{version}`."""
     shapes = {name: [-1] for name in OUTPUTS} | {"probabilities": [-1, len(task.labels)]}
     return {
         "name": task.name,
-        "versions": [version_of(task)],
         "platform": "onnxruntime_prompt_bundle",
         "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}],
         "outputs": [
             {"name": name, "datatype": kind, "shape": shapes[name]}
             for name, kind in OUTPUTS.items()
         ],
-        "parameters": {"labels": task.labels, "template": task.template},
+        "parameters": {
+            "labels": task.labels,
+            "template": task.template,
+            "version": version_of(task),
+        },
     }
 
 

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from serve import openapi, protocol
@@ -26,6 +27,7 @@ from serve.protocol import RequestError
 if TYPE_CHECKING:
     from serve.http import App
 
+INTERNAL = "internal error; the server's log says why"
 _ADMIN_BODY = 64 * 2**20  # bytes; the prompt of mode deep takes some megabytes in base64
 
 
@@ -52,14 +54,16 @@ def make_routes(app: App, admin_token: str | None) -> FastAPI:
     )
 
     async def on_error(_: Request, error: Exception) -> Response:
+        """JSON for what the routes raise; `App` logs what is neither of the first two."""
         if isinstance(error, HTTPException):
             headers = dict(error.headers) if error.headers else None
             return _json({"error": str(error.detail)}, error.status_code, headers)
-        assert isinstance(error, RequestError)
-        return _json({"error": str(error)}, error.status)
+        if isinstance(error, RequestError):
+            return _json({"error": str(error)}, error.status)
+        return _json({"error": INTERNAL}, 500)
 
-    api.add_exception_handler(HTTPException, on_error)
-    api.add_exception_handler(RequestError, on_error)
+    for kind in (HTTPException, RequestError, Exception):
+        api.add_exception_handler(kind, on_error)
     _health(api, app)
     _models(api, app, bool(admin_token))
     if admin_token:
@@ -123,7 +127,7 @@ def _models(api: FastAPI, app: App, admin: bool) -> None:
         api.add_api_route(
             path, infer, methods=["POST"], summary=summary, openapi_extra=extra,
             tags=["classification"], operation_id=summary.lower().replace(" ", "_"),
-            responses=openapi.errors(400, 404, 408, 413, 415, 422, 429, 503, 504),
+            responses=openapi.errors(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
         )  # fmt: skip
 
 
@@ -142,8 +146,9 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
     """The model repository extension: which tasks there are, load, unload."""
 
     async def admitted(request: Request) -> bytes:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(given.encode(), token.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), token.encode())
+        if scheme.lower() != "bearer" or not right:
             raise HTTPException(
                 401, "send 'Authorization: Bearer TOKEN' with the server's admin token",
                 {"www-authenticate": "Bearer"},
@@ -153,12 +158,15 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
     async def aside(work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(app.admin, work)
 
+    # For the OpenAPI page only: `admitted` looks at the token.
+    scheme = HTTPBearer(scheme_name="admin", auto_error=False)
+
     def route(path: str, summary: str, extra: dict[str, Any]) -> Callable[[Any], Any]:
         def register(handler: Callable[..., Awaitable[Response]]) -> None:
             api.add_api_route(
                 path, handler, methods=["POST"], summary=summary, tags=["administration"],
-                openapi_extra={"security": [{"admin": []}], **extra},
-                responses=openapi.errors(400, 401, 404, 413, 503),
+                openapi_extra=extra, dependencies=[Security(scheme)],
+                responses=openapi.errors(400, 401, 404, 408, 413, 415, 500, 503),
             )  # fmt: skip
 
         return register
@@ -176,7 +184,7 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
     @route("/v2/repository/models/{task}/load", "Serve a task, or its new version", openapi.LOAD)
     async def load(task: str, request: Request) -> Response:
         body = await admitted(request)
-        parameters = protocol.parse_json(body).get("parameters", {}) if body.strip() else {}
+        parameters = protocol.parameters_in(protocol.parse_json(body)) if body.strip() else {}
         record, prompt = _uploaded(app, parameters)
         try:
             added = await aside(lambda: app.classifier.add_task(task, record, prompt))
@@ -196,11 +204,9 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
         return _json({"name": task})
 
 
-def _uploaded(app: App, parameters: Any) -> tuple[dict[str, Any] | None, Any]:
+def _uploaded(app: App, parameters: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
     """The task in a load request, as the protocol has it: `config`, its record as a JSON text, and
     `file:prompt.safetensors`, in base64. None and None: it is read from the bundle."""
-    if not isinstance(parameters, dict):
-        raise RequestError(400, "'parameters' must be an object")
     config, data = parameters.get("config"), parameters.get("file:prompt.safetensors")
     if config is None and data is None:
         return None, None

@@ -6,25 +6,30 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import resource
 import signal
 import socket
 import struct
 import sys
+import threading
 from typing import Any
 
 import uvicorn
 from prometheus_client import disable_created_metrics
 
+from serve import protocol
+from serve.batcher import THREADS
 from serve.classifier import Classifier
 from serve.errors import Failure
-from serve.http import App, Limits
+from serve.http import App, Limits, Receive, Scope, Send, respond
 
 log = logging.getLogger(__name__)
 
 _CONNECTIONS = 4096  # open at once; beyond it the server answers 503
 _HANDSHAKE = 0.05  # seconds for connections that are being made to be complete
 _ARRIVAL = 0.3  # seconds between connecting and sending, for who connects at the very end
+_FAREWELL = 1.0  # seconds for the last answers, after --drain
 
 
 def serve_forever(
@@ -43,17 +48,19 @@ def serve_forever(
     A second signal ends it without waiting.
 
     Returns:
-        0 when every accepted request was answered, otherwise 1.
+        0 when every accepted request was answered, otherwise 1. When a batch hangs, it ends the
+        process with that code itself.
 
     Raises:
         Failure: the address cannot be listened on.
     """
     disable_created_metrics()  # a second series for each counter that nobody reads
     app = App(classifier, limits, admin_token)
+    last = _LastAnswers(app)
     listener = _listen(host, port)
     _allow_connections()
     config = uvicorn.Config(
-        app,
+        last,
         log_config=None,
         log_level="info" if access_log else "warning",
         access_log=access_log,
@@ -66,7 +73,21 @@ def serve_forever(
     )
     server = _Server(config, app, listener)
     with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(server.run_to_end())
+        runner.run(server.run_to_end())
+    code = 0 if app.all_answered and not last.late else 1
+    if _hanging():  # Python would wait for it, and `--drain` would bound nothing
+        log.warning("a thread is still at work: ending without it")
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+def _hanging() -> bool:
+    """Whether a thread that this server started is still at work."""
+    ours = [t for t in threading.enumerate() if t.name.startswith(THREADS)]
+    for thread in ours:
+        thread.join(0.1)  # one without work ends by itself
+    return any(thread.is_alive() for thread in ours)
 
 
 def _allow_connections() -> None:
@@ -110,6 +131,29 @@ def _turn_away(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
 
+class _LastAnswers:
+    """The application, but what uvicorn cancels when `--drain` has passed is answered all the same.
+
+    Attributes:
+        late: requests that were.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self.late = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            self.late += 1
+            body = protocol.dump({"error": "the server had to end first: try again"})
+            with contextlib.suppress(RuntimeError, TimeoutError):  # it has begun to answer
+                async with asyncio.timeout(_FAREWELL):
+                    await respond(send, 504, body)
+
+
 class _Server(uvicorn.Server):
     """uvicorn with our signals, and an end that loses no connection."""
 
@@ -118,13 +162,12 @@ class _Server(uvicorn.Server):
         self._app, self._listener = app, listener
         self._lingering: asyncio.Task[None] | None = None
 
-    async def run_to_end(self) -> int:
-        """Start the application, serve, stop it; the process's exit code."""
+    async def run_to_end(self) -> None:
+        """Start the application, serve, stop it."""
         await self._app.start()
         # A second descriptor keeps the socket alive when uvicorn closes its own.
         await self.serve(sockets=[self._listener.dup()])
-        await self._app.stop(0 if self.force_exit else self._app.limits.drain)
-        return 0 if self._app.all_answered else 1
+        await self._app.stop(0)  # uvicorn has waited already
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -170,6 +213,8 @@ class _Server(uvicorn.Server):
         # A connection without a request is closed next; the newest get time to send theirs.
         await asyncio.sleep(_ARRIVAL)
         await super().shutdown()
+        if self.server_state.tasks and not self.force_exit:  # they were cancelled, and answer
+            await asyncio.wait(self.server_state.tasks, timeout=_FAREWELL)
 
     def _protocol(self) -> asyncio.Protocol:
         kind: Any = self.config.http_protocol_class

@@ -93,6 +93,7 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
     )
     need(is_count(task.size_bytes, 0), f"task '{name}': 'size_bytes' must be a whole number")
     need(isinstance(task.prompt, str), f"task '{name}': 'prompt' must be a path")
+    need(isinstance(task.sha256, str), f"task '{name}': 'sha256' must be a hash")
     return task
 
 

@@ -35,6 +35,14 @@ ADMIN = {"authorization": "Bearer secret"}
 TRIES = 24  # requests; that two replicas are both among those that answer is all but certain
 
 
+def name_of(process: psutil.Process) -> str:
+    """What a process calls itself; Ray's are named after what they run."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Cluster:
     """`python -m serve cluster`, once it is ready."""
 
@@ -61,15 +69,10 @@ class Cluster:
             time.sleep(0.2)
 
     def workers(self, deployment: str) -> list[int]:
-        """Processes of a deployment; Ray names them after what they run."""
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if f"ServeReplica:metapt:{deployment}" in " ".join(child.cmdline()):
-                    found.append(child.pid)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        """Processes of a deployment."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        wanted = f"ServeReplica:metapt:{deployment}"
+        return [child.pid for child in children if wanted in name_of(child)]
 
     def post(self, path: str, body: object = None) -> httpx.Response:
         return self.client.post(path, json=body if body is not None else {}, headers=ADMIN)
@@ -179,3 +182,32 @@ def test_it_ends_with_exit_code_0_and_leaves_no_process(cluster: Cluster) -> Non
     assert cluster.process.wait(PATIENCE) == 0
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
+
+
+def test_a_signal_ends_it_while_it_waits_for_replicas_that_never_come(
+    folder: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve", "cluster", str(folder), "--gpus", "1000", "--port",
+             str(port)],
+            cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + PATIENCE
+        children: list[psutil.Process] = []
+        while not any("ServeController" in name_of(child) for child in children):
+            assert time.monotonic() < end and process.poll() is None, log.read_text()
+            time.sleep(0.2)
+            children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 130
+        assert log.read_text().splitlines()[-1] == "interrupted"
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+    finally:
+        process.kill()

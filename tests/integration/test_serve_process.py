@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ TOKEN = "secret"
 class Process:
     """`python -m serve http`, once it is ready."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, program: Sequence[str] = ("-m", "serve")) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "serve", "http", str(folder), "--port", "0", "--threads", "1",
+            [sys.executable, *program, "http", str(folder), "--port", "0", "--threads", "1",
              *flags],
             stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "METAPT_ADMIN_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "METAPT_ADMIN_TOKEN": TOKEN, "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )  # fmt: skip
         assert self.popen.stderr is not None
         self.port = 0
@@ -52,8 +53,10 @@ class Process:
 
 
 @contextmanager
-def running(folder: Path, *flags: str) -> Iterator[Process]:
-    process = Process(folder, *flags)
+def running(
+    folder: Path, *flags: str, program: Sequence[str] = ("-m", "serve")
+) -> Iterator[Process]:
+    process = Process(folder, *flags, program=program)
     try:
         yield process
     finally:
@@ -146,6 +149,44 @@ def test_sigterm_makes_it_unready_at_once_and_answers_what_waits(folder: Path) -
         status, value, closes = ask(process.connect(), "/v2/health/ready")
         assert (status, closes) == (503, True) and "not ready" in value["error"]
         assert process.popen.wait(30) == 0
+
+
+HANGS = """
+import threading
+from serve_fake import FakeClassifier
+from serve.cli import Command, main, option
+from serve.options import ServerConfig, make_limits
+from serve.server import serve_forever
+
+def run(config):
+    fake = FakeClassifier()
+    fake.run = lambda batch: threading.Event().wait()
+    return serve_forever(fake, make_limits(config), config.host, config.port)
+
+main("hangs", "", {"http": Command(ServerConfig, run)})
+"""
+
+
+@pytest.mark.parametrize(("drain", "signals"), [("0.5", 1), ("600", 2)])
+def test_a_batch_that_hangs_is_answered_counted_and_does_not_keep_the_process(
+    tmp_path: Path, drain: str, signals: int
+) -> None:
+    flags = ("--deadline", "600", "--drain", drain)
+    with running(tmp_path, *flags, program=("-c", HANGS)) as process:
+        waiting, other = process.connect(), process.connect()
+        waiting.request("POST", "/classify", json.dumps({"text": "good", "task": "film"}))
+        page = b""
+        while b"metapt_queue_seconds_count 1.0" not in page:  # it runs now
+            other.request("GET", "/metrics")
+            page = other.getresponse().read()
+        for _ in range(signals):
+            process.popen.send_signal(signal.SIGTERM)
+            time.sleep(0.2)  # or the system would make one of two
+        response = waiting.getresponse()
+        assert response.status == 504 and set(json.loads(response.read())) == {"error"}
+        assert process.popen.wait(30) == 1
+        assert process.popen.stderr is not None
+        assert "Traceback" not in process.popen.stderr.read()
 
 
 def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> None:

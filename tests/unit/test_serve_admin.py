@@ -10,6 +10,7 @@ from serve_client import ADMIN, ask, serve
 from serve_fake import FakeClassifier
 
 from serve.http import App
+from serve.options import ServerConfig, admin_token
 
 # ---- administration ------------------------------------------------------------------------------
 
@@ -19,7 +20,13 @@ def test_administration_is_off_without_a_token() -> None:
         ask("POST", f"/v2/repository/{path}", 404, None, headers=ADMIN)
 
 
-@pytest.mark.parametrize("given", [{}, {"authorization": "Bearer wrong"}, {"authorization": "é"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"authorization": "Bearer wrong"}, {"authorization": "é"}, {"authorization": "secret"},
+        {"authorization": "Basic secret"},
+    ],
+)  # fmt: skip
 def test_administration_needs_the_token(given: dict[str, str]) -> None:
     headers = {key: value.encode() for key, value in given.items()}
     for path in ("index", "models/film/load", "models/film/unload"):
@@ -45,10 +52,48 @@ def test_tasks_are_added_and_removed_while_it_runs() -> None:
     serve(story)
 
 
+def test_the_name_of_the_scheme_may_be_written_in_any_case() -> None:
+    ask("POST", "/v2/repository/index", 200, headers={"authorization": "bearer secret"})
+
+
+def test_white_space_around_the_token_is_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert admin_token(ServerConfig("b", admin_token="secret\n")) == "secret"
+    monkeypatch.setenv("METAPT_ADMIN_TOKEN", " \n")
+    assert admin_token(ServerConfig("b")) is None
+    monkeypatch.setenv("METAPT_ADMIN_TOKEN", "secret\r\n")
+    assert admin_token(ServerConfig("b")) == "secret"
+
+
+def test_the_openapi_document_defines_the_scheme_of_the_token() -> None:
+    document = ask("GET", "/openapi.json", 200)
+    scheme = document["components"]["securitySchemes"]["admin"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path in ("index", "models/{task}/load", "models/{task}/unload"):
+        assert document["paths"][f"/v2/repository/{path}"]["post"]["security"] == [{"admin": []}]
+
+
+def test_an_error_that_nobody_thought_of_is_json_too() -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        def fail(*_: object) -> None:
+            raise PermissionError(13, "Permission denied", "/bundle/bundle.json")
+
+        fake.add_task = fail  # type: ignore[method-assign, assignment]
+        response = await client.post("/v2/repository/models/film/load", headers=ADMIN)
+        assert response.status_code == 500
+        assert response.json() == {"error": "internal error; the server's log says why"}
+
+    serve(story)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"parameters": null}'])
+def test_a_load_without_parameters_reads_the_folder(body: bytes) -> None:
+    ask("POST", "/v2/repository/models/new/load", 200, content=body, headers=ADMIN)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
-        3, {"config": "{}"}, {"config": "{", "file:prompt.safetensors": ""},
+        3, [], {"config": "{}"}, {"config": "{", "file:prompt.safetensors": ""},
         {"config": "[]", "file:prompt.safetensors": ""},
         {"config": "{}", "file:prompt.safetensors": "?"},
         {"config": "{}", "file:prompt.safetensors": "AAAA"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda d: d["tasks"]["film"].update(prompt="../../secret"), "not a path inside"),
         (lambda d: d["tasks"]["film"].update(prompt="prompts/../../x"), "not a path inside"),
         (lambda d: d["tasks"].update({"../film": d["tasks"]["film"]}), "cannot be a task's name"),
+        (lambda d: d["tasks"]["film"].update(sha256=None), "'sha256'"),
         (lambda d: d["tasks"]["film"].update(word_ids=[1, 99]), "ids below"),
         (lambda d: d["tasks"]["film"].update(word_ids=[1]), "word_ids"),
         (lambda d: d["tasks"]["film"].update(labels=["a", "a"]), "twice"),
@@ -187,12 +190,71 @@ def test_mode_deep_needs_its_constants(tmp_path: Path) -> None:
     assert arrays["kv"].shape == (toy.L, 2, toy.H, 3, toy.K)
 
 
-def test_replacing_a_task_removes_its_old_prompt(folder: Path) -> None:
-    old = bundle.list_tasks(folder)["film"].prompt
+def age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_replaced_prompt_stays_for_an_hour_for_the_servers_that_read_it(folder: Path) -> None:
+    running = bundle.load(folder)
+    film, food = running.tasks["film"], running.tasks["food"]
+    age(folder / film.prompt, 7200)  # when it was made does not count
+    age(folder / food.prompt, 7200)
     toy.add(folder, "film", ["n", "p"], ["bad", "good"], toy.prompt_of(9))
+    found = bundle.load(folder)  # a prompt that nothing refers to does no harm
+    assert found.tasks["film"].labels == ["n", "p"] and list(found.tasks) == ["film", "food"]
+    toy.add(folder, "other", ["n", "p"], ["bad", "good"], toy.prompt_of(8))
+    np.testing.assert_array_equal(running.read_prompt(film)["prompt_embeddings"], toy.prompt_of(1))
+
+    age(folder / film.prompt, 3590)
+    toy.add(folder, "other", ["n", "p"], ["bad", "good"], toy.prompt_of(7))
+    assert (folder / film.prompt).exists()
+    age(folder / film.prompt, 3610)
+    toy.add(folder, "other", ["n", "p"], ["bad", "good"], toy.prompt_of(6))
+    with pytest.raises(Failure, match="task 'film' was replaced in the folder: load it"):
+        running.read_prompt(film)
+    assert set(running.read_prompt(food)) == {"prompt_embeddings"}  # old, but in use
+    (folder / food.prompt).unlink()
+    with pytest.raises(Failure, match="missing from the bundle: export the bundle again"):
+        running.read_prompt(food)
+
+
+def test_a_bundle_that_changes_while_it_is_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[object] = []
+
+    def read(path: Path) -> object:
+        document = files.read_json(path)
+        reads.append(document)
+        if len(reads) == 1:  # between reading bundle.json and looking at the files
+            old = document["tasks"]["film"]["prompt"]
+            monkeypatch.setattr(bundle, "read_json", files.read_json)
+            toy.add(folder, "film", ["n", "p"], ["bad", "good"], toy.prompt_of(9))
+            (folder / old).unlink()
+            monkeypatch.setattr(bundle, "read_json", read)
+        return document
+
+    monkeypatch.setattr(bundle, "read_json", read)
+    assert bundle.load(folder).tasks["film"].labels == ["n", "p"]
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("function", ["read_json", "sha256"])
+def test_what_the_system_does_not_let_us_read_is_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     found = bundle.load(folder)
-    assert found.tasks["film"].labels == ["n", "p"] and not (folder / old).exists()
-    assert list(found.tasks) == ["film", "food"]
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundle, function, refuse)
+    with pytest.raises(Failure, match=r"no permission for .*: check its owner"):
+        bundle.load(folder)
+    if function == "sha256":
+        with pytest.raises(Failure, match=r"no permission for .*film.*safetensors"):
+            found.read_prompt(found.tasks["film"])
 
 
 def test_adding_the_same_prompt_again_keeps_its_file(folder: Path) -> None:
@@ -202,8 +264,12 @@ def test_adding_the_same_prompt_again_keeps_its_file(folder: Path) -> None:
 
 def test_removing_a_task(folder: Path) -> None:
     prompt = folder / bundle.list_tasks(folder)["film"].prompt
+    age(prompt, 7200)
     bundle.remove_task(folder, "film")
-    assert list(bundle.load(folder).tasks) == ["food"] and not prompt.exists()
+    assert list(bundle.load(folder).tasks) == ["food"] and prompt.exists()
+    age(prompt, 7200)
+    toy.add(folder, "other", ["n", "p"], ["bad", "good"], toy.prompt_of(8))
+    assert not prompt.exists()
     with pytest.raises(UserError, match="has no task 'film': it has food"):
         bundle.remove_task(folder, "film")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,41 @@ def test_a_task_is_added_replaced_and_removed_while_it_runs(tmp_path: Path) -> N
     with pytest.raises(UserError, match="has no task 'other'"):
         classifier.add_task("other")
     assert "film" in bundle.list_tasks(folder)
+
+
+def test_texts_under_way_and_evicted_tasks_outlive_a_replaced_prompt(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    slot = Classifier(folder, threads=1).bank.slot_bytes
+    classifier = Classifier(folder, threads=1, bank_memory=slot)
+    waits = classifier.encoder.encode(["good film"], [classifier.tasks["film"]])
+    before = classifier.run(waits)
+    toy.add(folder, "film", ["negative", "positive"], ["bad", "good"], toy.prompt_of(77))
+    classifier.classify(["good film"], "food")  # takes the only slot
+    assert classifier.classify(["good film"], "film") == before
+    classifier.add_task("film")
+    assert classifier.run(waits) == before
+    assert classifier.classify(["good film"], "film") != before
+
+
+@pytest.mark.parametrize("change", ["weights", "sizes"])
+def test_a_task_of_a_folder_with_other_graphs_is_not_loaded(tmp_path: Path, change: str) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    classifier = Classifier(folder, threads=1)
+    before = classifier.classify(["good film"], "film")
+    other = toy.make_bundle(tmp_path / "other")
+    header = bundle.load(other).header
+    if change == "weights":
+        (other / "weights.data").write_bytes((-toy.embedding()).tobytes())
+    else:
+        header["prompt_tokens"] += 1
+    shutil.rmtree(other / "prompts")
+    bundle.create(other, header)
+    toy.add(other, "film", ["negative", "positive"], ["bad", "good"], toy.prompt_of(9))
+    folder.rename(tmp_path / "aside")
+    other.rename(folder)
+    with pytest.raises(Failure, match="has other graphs now: restart the server"):
+        classifier.add_task("film")
+    assert classifier.classify(["good film"], "film") == before
 
 
 def test_a_removed_task_frees_its_slot_after_its_last_batch(folder: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,9 @@ def test_rays_own_command_passes_settings_as_text(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(UserError, match="--threads takes a whole number"):
         app({"threads": "two"})
+    built = app({"providers": "CUDAExecutionProvider,CPUExecutionProvider"})
+    config = built._bound_deployment.init_args[0]  # type: ignore[attr-defined]
+    assert config.providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     with pytest.raises(UserError, match="port: pass it to Ray"):
         app({"port": "80"})
     monkeypatch.delenv("METAPT_BUNDLE")
@@ -147,6 +151,60 @@ sys.exit(", ".join(sorted((heavy | {"trainer", "exporter", "demo"}) & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_rays_metrics_have_the_names_of_the_servers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve import raymetrics
+
+    told: dict[str, float] = {}  # by name, what Ray would add up
+
+    class Recorder:
+        def __init__(self, name: str, *_: object, **__: object) -> None:
+            self.name = name
+            told[name] = 0
+
+        def observe(self, value: float = 1.0, **_: object) -> None:
+            told[self.name] += value
+
+        inc = set = observe
+
+    class CountRecorder(Recorder):
+        def __init__(self, name: str, *_: object, **__: object) -> None:
+            super().__init__(f"{name}_total")  # as Ray and Prometheus write a counter
+
+        inc = Recorder.observe
+
+    monkeypatch.setattr(raymetrics, "ray_metrics", SimpleNamespace(
+        Histogram=Recorder, Gauge=Recorder, Counter=CountRecorder))  # fmt: skip
+    metrics = raymetrics.RayMetrics(lambda: 3, lambda: 2)
+    metrics.tokenized(0.25)
+    metrics.waited(0.5)
+    metrics.batch(4, 70, 80, 1.5)
+    metrics.request("film", "ok", 4, 2.0)
+    assert told == {
+        "metapt_requests_total": 1, "metapt_texts_total": 4, "metapt_request_seconds": 2.0,
+        "metapt_queue_seconds": 0.5, "metapt_tokenize_seconds": 0.25, "metapt_run_seconds": 1.5,
+        "metapt_batch_texts": 4, "metapt_batch_tokens": 70, "metapt_padding_tokens_total": 10,
+        "metapt_queue_depth": 3, "metapt_tasks": 2,
+    }  # fmt: skip
+    names = {line.split()[2] for line in metrics.page().decode().splitlines() if "# TYPE" in line}
+    own = {name for name in names if name.startswith("metapt_") and not name.endswith("_created")}
+    assert own == set(told)
+
+
+def test_the_address_is_the_one_where_serve_listens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from serve import cluster
+
+    proxies = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8000))
+    monkeypatch.setattr(cluster, "_get_global_client", lambda: proxies)
+    with caplog.at_level("INFO"):
+        cluster._say_ready(ClusterConfig("b", host="127.0.0.1", port=9000))
+        cluster._say_ready(ClusterConfig("b", host="0.0.0.0", port=8000))
+    ready = "ready on http://0.0.0.0:8000, documentation on /docs"
+    assert caplog.messages[1:] == [ready, ready]
+    assert caplog.messages[0].startswith("--host 127.0.0.1 --port 9000 were not used")
 
 
 class Ledger:

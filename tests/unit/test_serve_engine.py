@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import serve_toy as toy
 
@@ -73,6 +74,21 @@ def test_a_provider_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Mon
     monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CPU])
     with pytest.raises(UserError, match="onnxruntime-gpu"):
         choose_providers([CUDA])
+
+
+def test_a_provider_that_was_asked_for_and_does_not_start_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    if CUDA in onnxruntime.get_available_providers():
+        pytest.skip("CUDA may well start here")
+    # As with onnxruntime-gpu on a machine without a GPU: it is listed, and then left out silently.
+    monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    with pytest.raises(Failure, match=f"cannot start {CUDA} on this machine"):
+        Classifier(folder, threads=1, providers=[CUDA])
+    chosen = Classifier(folder, threads=1)  # nobody asked for CUDA
+    assert chosen._engine.device == "cpu"
+    assert chosen.classify(["good"], "film")[0].label == "positive"
 
 
 def test_what_is_no_graph_is_named(tmp_path: Path) -> None:

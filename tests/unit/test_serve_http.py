@@ -78,7 +78,8 @@ def test_metadata_and_health() -> None:
     assert ask("GET", "/v2/models/film/ready", 200) == {"name": "film", "ready": True}
     assert ask("GET", "/", 200)["tasks"]["food"] == ["no", "so", "yes"]
     model = ask("GET", "/v2/models/food", 200)
-    assert (model["name"], model["versions"]) == ("food", ["food00000000"])
+    assert (model["name"], model["parameters"]["version"]) == ("food", "food00000000")
+    assert "versions" not in model  # no route takes one
     assert model["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
     assert {o["name"]: o["shape"] for o in model["outputs"]}["probabilities"] == [-1, 3]
 
@@ -91,6 +92,12 @@ def test_the_openapi_document_has_every_route_with_an_example() -> None:
         assert body["example"] and paths[path]["post"]["responses"]["429"]
     assert "/v2/repository/models/{task}/load" in paths
     assert not any("repository" in p for p in ask("GET", "/openapi.json", 200, None)["paths"])
+
+
+def test_null_is_as_good_as_nothing() -> None:
+    body = infer("good", id=None, parameters=None, outputs=None)
+    answer = ask("POST", "/v2/models/film/infer", 200, json=body)
+    assert "id" not in answer and len(answer["outputs"]) == 4
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -158,6 +165,11 @@ def test_infer_answers_400_to_binary_tensors() -> None:
 )
 def test_404_for_what_is_not_there(method: str, path: str) -> None:
     ask(method, path, 404, json=infer("a"))
+
+
+def test_405_for_another_method() -> None:
+    assert "Method" in ask("GET", "/classify", 405)["error"]
+    ask("POST", "/metrics", 405)
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "x" * 5000, "\ud800", "\0", "../film"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -11,6 +13,8 @@ from serve_client import ask, infer, serve
 from serve_fake import FakeClassifier
 
 from serve.http import App
+from serve.task import Task
+from serve.tokenize import Encoded
 
 
 def test_413_for_a_long_body_with_and_without_a_length() -> None:
@@ -72,6 +76,35 @@ def test_504_past_the_deadline() -> None:
         assert response.status_code == 504
 
     serve(story, deadline=0.2)
+
+
+def test_504_while_long_texts_wait_to_be_tokenized_and_the_work_is_spared() -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        gate, seen, encode = threading.Event(), list[str](), fake.encoder.encode
+
+        def slow(texts: Sequence[str], tasks: Sequence[Task]) -> list[Encoded]:
+            seen.extend(texts)
+            gate.wait(10)
+            return encode(texts, tasks)
+
+        fake.encoder.encode = slow  # type: ignore[method-assign]
+        bodies = [{"texts": [f"{name} " * 300] * 10, "task": "film"} for name in "ab"]
+        answers = await asyncio.gather(*(client.post("/classify", json=b) for b in bodies))
+        assert [answer.status_code for answer in answers] == [504, 504]
+        assert app.batcher.waiting == 0
+        gate.set()
+        app.side.submit(lambda: None).result(10)  # what was before it is done
+        # The first request's texts were under way; of the second none was begun.
+        assert len(seen) < 10 and len(set(seen)) == 1
+
+    serve(story, deadline=0.2)
+
+
+def test_long_texts_are_tokenized_in_parts_and_in_order() -> None:
+    texts = ["good " * 150 if n % 3 else "bad " * 150 for n in range(20)]
+    results = ask("POST", "/classify", 200, json={"texts": texts, "task": "film"})["results"]
+    labels = ["positive" if n % 3 else "negative" for n in range(20)]
+    assert [result["label"] for result in results] == labels
 
 
 def test_408_for_a_body_that_does_not_come() -> None:
