@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass
 
@@ -63,6 +64,19 @@ def parse_auth(value: str) -> tuple[str, str] | None:
     return user, password
 
 
+def check_port(host: str, port: int) -> None:
+    """Raises: Failure at once, not when the page has been built, where nobody can listen."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failure(
+            f"cannot listen on {host}:{port} ({reason}): pass another --port, or --host"
+        ) from None
+
+
 def run_demo(config: DemoConfig) -> int:
     """Open the page and serve it until interrupted."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing is called outside
@@ -73,7 +87,9 @@ def run_demo(config: DemoConfig) -> int:
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError('gradio is not installed: pip install "metapt[demo]"') from None
+        raise UserError('gradio is not installed: pip install ".[demo]" in the checkout') from None
+    if config.port is not None:
+        check_port(config.host, config.port)
     from demo.app import build_page, open_page
     from demo.state import Limits, Room
     from serve.classifier import Classifier
@@ -89,7 +105,7 @@ def run_demo(config: DemoConfig) -> int:
             page, room, server_name=config.host, server_port=config.port, auth=auth,
             root_path=config.root_path, share=config.share, inbrowser=config.browser,
         )  # fmt: skip
-    except OSError as error:  # Gradio has no finer kind for a port that is taken
+    except OSError as error:  # Gradio has no finer kind for a port that was taken meanwhile
         raise Failure(f"cannot listen on {config.host} ({error}): pass another --port") from None
     log.info("ready on %s%s", local, f" and {public}" if public else "")
     page.block_thread()

@@ -328,7 +328,10 @@ class Room:
 
 def record_of(task: Task) -> dict[str, Any]:
     """A task's record as `Classifier.add_task` takes it."""
-    keys = ("labels", "words", "word_ids", "template", "prefix_ids", "suffix_ids", "temperature")
+    keys = (
+        "labels", "words", "word_ids", "template", "prefix_ids", "suffix_ids", "temperature",
+        "max_tokens",
+    )  # fmt: skip
     return {key: getattr(task, key) for key in keys}
 
 

@@ -193,7 +193,8 @@ def load_backbone(name: str, sha256: str) -> Backbone:
         from trainer.backbone import load_backbone as load
     except ModuleNotFoundError as error:
         raise UserError(
-            f'Teaching needs the trainer ({error.name} is missing): pip install "metapt[trainer]".'
+            f"Teaching needs the trainer ({error.name} is missing): "
+            'pip install ".[trainer]" in the checkout.'
         ) from None
     backbone = load(name)
     if sha256 and backbone.sha256 != sha256:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import sys
 from dataclasses import dataclass
 
 from exporter import edit
-from serve.bundle import remove_task
+from serve.bundle import list_tasks, remove_task
 from serve.cli import Command, main, option
 from serve.errors import UserError
 
 log = logging.getLogger("exporter")
 
 PRECISIONS = ("fp32", "int8", "fp16")  # as in exporter.precision, which needs onnx
+# Fields of `BundleConfig` that mean nothing to a single file: it is not measured, and takes no
+# other prompts.
+BUNDLE_ONLY = ("prompt_tokens", "validation", "task", "text_column", "label_column", "force")
 
 
 @dataclass
@@ -126,17 +130,18 @@ def run_bundle(config: BundleConfig) -> None:
         raise UserError("pass --out for a bundle's folder, or --single-file for one file")
     if config.format != "onnx" and config.single_file is None:
         raise UserError(f"--format {config.format} needs --single-file: a bundle is ONNX")
+    if config.single_file is not None:
+        _check_single(config)
     from trainer.backbone import load_backbone
 
     backbone = load_backbone(config.backbone)
     if config.single_file is not None:
         from exporter.single import export_single
 
-        if len(config.prompts) != 1 or len(config.precision) != 1:
-            raise UserError("--single-file takes one prompt and one --precision")
         worst = export_single(
             config.prompts[0], backbone, config.single_file, kind=config.format,
-            precision=config.precision[0], max_tokens=config.max_tokens,
+            name=config.names[0] if config.names else None, precision=config.precision[0],
+            int8_target=config.int8_target, max_tokens=config.max_tokens,
         )  # fmt: skip
         log.info("%s: logits differ from torch by at most %.1e", config.single_file, worst)
         return
@@ -161,10 +166,22 @@ def run_bundle(config: BundleConfig) -> None:
     sys.stdout.write(edit.describe(bundle.folder) + "\n")
 
 
+def _check_single(config: BundleConfig) -> None:
+    """Raises: UserError for what --single-file cannot do, instead of leaving it undone."""
+    if len(config.prompts) != 1 or len(config.precision) != 1 or len(config.names) > 1:
+        raise UserError("--single-file takes one prompt, one --precision and one of --names")
+    for field in dataclasses.fields(config):
+        if field.name in BUNDLE_ONLY and getattr(config, field.name) != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} is of a bundle: leave it out, or pass --out for a bundle")
+
+
 def run_add(config: AddConfig) -> None:
     """`add`."""
+    before = list_tasks(config.bundle)
     task = edit.add(config.bundle, config.prompt, config.name)
-    log.info("%s: added %s (%s)", config.bundle, task.name, ", ".join(task.labels))
+    done = "replaced" if task.name in before else "added"
+    log.info("%s: %s %s (%s)", config.bundle, done, task.name, ", ".join(task.labels))
 
 
 def run_remove(config: RemoveConfig) -> None:

@@ -40,7 +40,7 @@ def add(folder: Path | str, prompt: Path | str, name: str | None = None) -> Task
             "to a bundle of its own backbone"
         )
     record = task_record(task, read_tokenizer(bundle), prompt)
-    wanted_name = task_name(name or str(task.get("name") or prompt.name))
+    wanted_name = task_name(name or str(task.get("name") or prompt.name), "--name")
     try:
         return bundles.add_task(folder, wanted_name, record, bundle_arrays(arrays))
     except UserError as error:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, deserialize
 from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
@@ -26,12 +25,15 @@ TEXT, BLANK, END = "{text}", "<extra_id_0>", "</s>"
 
 Arrays = dict[str, np.ndarray]
 
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # safetensors' names, and numpy's
+
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
     """A prompt folder's `task.json` and its arrays as float32.
 
     Raises:
-        UserError: it is no prompt folder of this project. Failure: a file is damaged.
+        UserError: it is no prompt folder of this project, or its numbers are of a type that is not
+            read. Failure: a file is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"prompt folder {folder} does not exist: check the path")
@@ -42,7 +44,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
     if not isinstance(task, dict):
         raise Failure(f"{folder / 'task.json'} must hold a JSON object: train the prompt again")
     try:
-        arrays = load_file(folder / WEIGHTS)
+        arrays = _read_arrays(folder / WEIGHTS)
     except (SafetensorError, OSError, ValueError) as error:
         raise Failure(
             f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again"
@@ -53,6 +55,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
     if prompt is not None and virtual and prompt.ndim == 2 and prompt.shape[0] == 2 * virtual:
         arrays["prompt_embeddings"] = prompt[:virtual]  # PEFT's default: encoder and decoder
     return task, {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
+
+
+def _read_arrays(path: Path) -> Arrays:
+    """As `safetensors.numpy.load_file`, which fails at bfloat16: numpy has no such type."""
+    arrays = {}
+    for name, entry in deserialize(path.read_bytes()):
+        kind, data = entry["dtype"], entry["data"]
+        if kind == "BF16":  # the upper half of a float32
+            value = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        elif kind in _FLOATS:
+            value = np.frombuffer(data, _FLOATS[kind])
+        else:
+            raise UserError(f"{path}: '{name}' is of type {kind}: save it as F32, F16 or BF16")
+        arrays[name] = value.reshape(entry["shape"])
+    return arrays
 
 
 def bundle_arrays(arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -89,6 +106,8 @@ def task_record(task: Mapping[str, Any], tokenizer: Tokenizer, source: object) -
         "prefix_ids": before,
         "suffix_ids": after,
         "temperature": float(task.get("temperature") or 1.0),
+        # What `evaluate` measured is what is served.
+        "max_tokens": int(task.get("max_tokens") or 0),
         "info": {name: task[name] for name in kept if task.get(name) not in (None, "", {})},
     }
 
@@ -139,9 +158,13 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def task_name(name: str) -> str:
-    """`name` as the name of a bundle's task: small letters, other characters become dashes."""
+def task_name(name: str, flag: str = "--names") -> str:
+    """`name` as the name of a bundle's task: small letters, other characters become dashes.
+
+    Raises:
+        UserError: nothing of it is left; the message names `flag`, which sets another.
+    """
     slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:64]
     if not NAME.fullmatch(slug):
-        raise UserError(f"'{name}' cannot be made a task's name: pass --names")
+        raise UserError(f"'{name}' cannot be made a task's name: pass another as {flag}")
     return slug

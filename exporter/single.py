@@ -43,13 +43,17 @@ def export_single(
     out: Path | str,
     *,
     kind: str = "onnx",
+    name: str | None = None,
     precision: str = "fp32",
+    int8_target: str = "any",
     max_tokens: int = 512,
 ) -> float:
     """Write one task as one file, verified against torch.
 
     Args:
         kind: `onnx` or `torchscript`; precision: `fp32`, for onnx also `int8`.
+        name: of the task; by default the one in the prompt's record.
+        int8_target: see `exporter.precision.int8_onnx`.
 
     Returns:
         The largest difference of a logit to torch.
@@ -65,7 +69,7 @@ def export_single(
         raise UserError(f"--precision {precision} does not go with --single-file as {kind}")
     if out.is_dir():
         raise UserError(f"--single-file {out} is a folder: pass the name of a file")
-    job = prepare([prompt], backbone)
+    job = prepare([prompt], backbone, names=[name] if name is not None else [])
     served = ServedGraph(backbone.t5, backbone.decoder_ids, job.mode, job.tokens).eval()
     words = torch.tensor(job.slots[0].words)
     graph = SingleFileGraph(served, job.slots[0].params, words).eval()
@@ -75,7 +79,8 @@ def export_single(
         if kind == "torchscript":
             logits = _write_torchscript(graph, arguments, temporary, _task_json(job))
         else:
-            logits = _write_onnx(graph, arguments, temporary, _task_json(job), precision)
+            target = int8_target if precision == "int8" else None
+            logits = _write_onnx(graph, arguments, temporary, _task_json(job), target)
         worst = difference(logits, job.slots, backbone, job.mode, max_tokens)
         if precision == "fp32":
             check(worst, f"the {kind} file")
@@ -83,7 +88,7 @@ def export_single(
 
 
 def _task_json(job: Job) -> str:
-    kept = ("labels", "words", "template", "prefix_ids", "suffix_ids", "temperature")
+    kept = ("labels", "words", "template", "prefix_ids", "suffix_ids", "temperature", "max_tokens")
     return json.dumps({"name": job.names[0], **{key: job.records[0][key] for key in kept}})
 
 
@@ -92,7 +97,7 @@ def _write_onnx(
     arguments: tuple[torch.Tensor, ...],
     path: Path,
     task: str,
-    precision: str,
+    int8_target: str | None,
 ) -> Logits:
     model = to_onnx(graph, arguments, INPUTS, ["logits"], dynamic_axes(INPUTS))
     if model.ByteSize() > LIMIT:
@@ -100,11 +105,11 @@ def _write_onnx(
             f"a single file of this backbone takes {model.ByteSize() / 1e9:.1f} GB, and .onnx ends "
             "at 2 GB: export a bundle, or --precision int8"
         )
-    if precision == "int8":
+    if int8_target is not None:
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / "model.onnx"
             plain.write_bytes(model.SerializeToString())
-            model, _ = int8_onnx(plain)
+            model, _ = int8_onnx(plain, int8_target)
     entry = model.metadata_props.add()
     entry.key, entry.value = "task", task
     onnx.save(model, str(path))

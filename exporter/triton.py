@@ -62,7 +62,7 @@ class Word(str):
 
 
 def export_triton(bundle: Path | str, out: Path | str, settings: Settings) -> list[str]:
-    """Write the repository, whole or not at all.
+    """Write the repository, whole or not at all; one of the same `settings.name` is replaced.
 
     Returns:
         the names of the models.
@@ -72,8 +72,7 @@ def export_triton(bundle: Path | str, out: Path | str, settings: Settings) -> li
         Failure: the bundle is damaged, or the graph with the tasks inside answers differently.
     """
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / f"{settings.name}_graph").is_dir():
-        raise UserError(f"{out} is not empty and holds no {settings.name}_graph: pass another OUT")
+    _check_out(out, settings.name)
     # As large as it takes: the bank is written to a file here, and never grows afterwards.
     classifier = Classifier(
         bundle, settings.precision, threads=1, providers=[CPU], bank_memory=2**20 * MIB
@@ -107,6 +106,19 @@ def export_triton(bundle: Path | str, out: Path | str, settings: Settings) -> li
     return list(configs)
 
 
+def _check_out(out: Path, name: str) -> None:
+    """Raises: UserError when replacing `out` would take away more than this name's models."""
+    found = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if found and not (out / f"{name}_graph").is_dir():
+        raise UserError(f"{out} is not empty and holds no {name}_graph: pass another OUT")
+    others = set(found) - {name, *(f"{name}_{part}" for part in ("text", "graph", "answer"))}
+    if others:
+        raise UserError(
+            f"{out} holds {', '.join(sorted(others))} beside the models of {name}, and is written "
+            "as a whole: pass an OUT of its own (tritonserver takes --model-repository repeatedly)"
+        )
+
+
 # ---- the graph -----------------------------------------------------------------------------------
 
 
@@ -120,7 +132,9 @@ def bake(source: Path, target: Path, constants: Mapping[str, np.ndarray]) -> Non
         import onnx
         from onnx import TensorProto, external_data_helper, numpy_helper
     except ModuleNotFoundError:
-        raise UserError('onnx is not installed: pip install "metapt[exporter]"') from None
+        raise UserError(
+            'onnx is not installed: pip install ".[exporter]" in the checkout'
+        ) from None
 
     model = onnx.load(source, load_external_data=False)
     weights = {

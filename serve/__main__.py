@@ -122,7 +122,9 @@ def run_http(config: HttpConfig) -> int:
     try:
         from serve.server import serve_forever
     except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is not installed: pip install "metapt[http]"') from None
+        raise UserError(
+            f'{error.name} is not installed: pip install ".[http]" in the checkout'
+        ) from None
     from serve.classifier import Classifier
 
     limits = make_limits(config, config.linger)
@@ -136,7 +138,9 @@ def run_cluster(config: ClusterConfig) -> int:
     try:
         from serve.cluster import deploy
     except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is not installed: pip install "metapt[http,ray]"') from None
+        raise UserError(
+            f'{error.name} is not installed: pip install ".[http,ray]" in the checkout'
+        ) from None
     return deploy(config)
 
 

@@ -98,7 +98,8 @@ class Classifier:
             token_budget: padded tokens of a batch, B x S; more gain nothing once the cores are
                 busy, and cost memory.
             max_rows: rows of a batch; each takes a copy of its task's keys and values in a layer.
-            max_tokens: longest row with its template, at most the bundle's; longer texts are cut.
+            max_tokens: longest row with its template, at most the bundle's; longer texts are cut,
+                and those of a task at its own `max_tokens`.
             bank_memory: bytes that task constants may take (twice that while the bank grows).
             spin: see `Engine`.
             verify: hash every file of the bundle first.

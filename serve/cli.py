@@ -83,6 +83,10 @@ class Command:
     run: Callable[[Any], int | None]
 
 
+Commands: typing.TypeAlias = Mapping[str, Command] | Callable[[list[str]], Mapping[str, Command]]
+"""Commands by name, or a function of the arguments that imports the one that is asked for."""
+
+
 def _plain_type(annotation: Any) -> tuple[type, bool]:
     """The scalar type behind an annotation, and whether it is a list of it."""
     origin = typing.get_origin(annotation)
@@ -236,9 +240,11 @@ def _parser(prog: str, description: str, commands: Mapping[str, Command]) -> _Pa
     return parser
 
 
-def run(prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str]) -> int:
+def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) -> int:
     """Parse `argv`, run the command, and turn what goes wrong into one line and an exit code."""
     try:
+        if callable(commands):
+            commands = commands(list(argv))
         parser = _parser(prog, description, commands)
         given = vars(parser.parse_args(list(argv)))
         name = given.pop("command")
@@ -260,12 +266,20 @@ def run(prog: str, description: str, commands: Mapping[str, Command], argv: Sequ
     except OSError as error:
         sys.stderr.write(f"error: {explain_os_error(error)}\n")
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in ("", "trainer", "exporter", "serve", "demo"):
+            raise
+        sys.stderr.write(
+            f'error: {package} is not installed: pip install ".[all]" in the checkout\n'
+        )
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
 
 
-def main(prog: str, description: str, commands: Mapping[str, Command]) -> typing.NoReturn:
+def main(prog: str, description: str, commands: Commands) -> typing.NoReturn:
     """The entry point of a package's `__main__`: `main("python -m trainer", "...", COMMANDS)`."""
     level = os.environ.get("METAPT_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)

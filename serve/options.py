@@ -34,7 +34,10 @@ class ModelConfig:
     )
     max_rows: int = option(32, help="texts of a batch", minimum=1)
     max_tokens: int | None = option(
-        None, help="longest text with its template; longer ones are cut", minimum=1
+        None,
+        help="longest text with its template; longer ones are cut, and those of a task where the "
+        "texts that it was tuned on were",
+        minimum=1,
     )
     bank_memory: float = option(
         512.0,

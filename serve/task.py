@@ -28,6 +28,7 @@ class Task:
     prefix_ids: list[int]  # token ids before the text
     suffix_ids: list[int]  # token ids after the text, </s> included
     temperature: float = 1.0
+    max_tokens: int = 0  # longest row that the prompt was tuned and measured on; 0: the bundle's
     prompt: str = ""
     sha256: str = ""
     size_bytes: int = 0
@@ -90,6 +91,11 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
     need(
         isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0,
         f"task '{name}': 'temperature' must be a positive number, not {temperature!r}",
+    )
+    need(
+        is_count(task.max_tokens, 0)
+        and (not task.max_tokens or task.max_tokens > len(task.prefix_ids) + len(task.suffix_ids)),
+        f"task '{name}': 'max_tokens' must be a whole number that leaves room for a text, or 0",
     )
     need(is_count(task.size_bytes, 0), f"task '{name}': 'size_bytes' must be a whole number")
     need(isinstance(task.prompt, str), f"task '{name}': 'prompt' must be a path")

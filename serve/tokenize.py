@@ -59,8 +59,9 @@ class Encoder:
         self.max_tokens = max_tokens
 
     def room(self, task: Task) -> int:
-        """The tokens of text that fit into a row of `task`."""
-        return self.max_tokens - len(task.prefix_ids) - len(task.suffix_ids)
+        """The tokens of text that fit into a row of `task`: no more than it was tuned on."""
+        longest = min(self.max_tokens, task.max_tokens or self.max_tokens)
+        return longest - len(task.prefix_ids) - len(task.suffix_ids)
 
     def encode(self, texts: Sequence[str], tasks: Sequence[Task]) -> list[Encoded]:
         """Encode each text for its task; only the text is ever cut, never the template."""

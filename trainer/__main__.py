@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass
 
 from serve.cli import Command, main
@@ -46,5 +45,5 @@ if __name__ == "__main__":
     main(
         "python -m trainer",
         "Train soft prompts: MetaPT, its baselines, and the compact backbone.",
-        commands(sys.argv[1:]),
+        commands,  # it imports torch: inside, a missing one or Ctrl-C is one line
     )

@@ -23,6 +23,7 @@ from serve.errors import UserError
 from serve.files import atomic_write
 from trainer.data import Examples, load_examples
 from trainer.embed import embed
+from trainer.labels import class_metadata, class_names
 from trainer.reservoir import rank
 from trainer.runs import write_record
 
@@ -46,7 +47,8 @@ class ClusterConfig:
 
     data: str = option(help="labelled texts: what `label` wrote, or any CSV, JSONL, Parquet file")
     out: str = option(
-        help="the Parquet file to write: text, label, cluster; with --ray a folder of such files"
+        help="the Parquet file to write: text, label, cluster, and the names of the classes; with "
+        "--ray a folder of such files"
     )
     method: str = option(
         "kmeans", choices=METHODS,
@@ -107,7 +109,8 @@ def run_cluster(config: ClusterConfig) -> None:
         raise UserError(f"--out {config.out}: the name must end in .parquet")
     if Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
-    examples = load_examples(config.data, config.text_column, config.label_column)
+    names = class_names(config.data) if config.label_column == "label" else None
+    examples = load_examples(config.data, config.text_column, config.label_column, names)
     if config.limit:
         examples = examples.sample(config.limit, config.seed)
     started = time.monotonic()
@@ -342,6 +345,6 @@ def _write(examples: Examples, clusters: np.ndarray, path: Path) -> None:
             "label": examples.labels[rows].astype(np.int32),
             "cluster": clusters[rows].astype(np.int32),
         }
-    )
+    ).replace_schema_metadata(class_metadata(examples.names))
     with atomic_write(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")

@@ -15,12 +15,19 @@ import numpy as np
 from serve.errors import UserError
 from trainer.labels import class_codes, find_labels
 from trainer.tables import Row, check_file, iterate_rows
-from trainer.tasks import Hub, Task, format_columns, get_task, readable_aspect
+from trainer.tasks import Hub, Task, fill_format, format_columns, get_task, readable_aspect
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-_SPLIT_NAMES = {"dev": "validation", "val": "validation", "valid": "validation"}
+_MARKED = {  # what files call the splits, without case
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "development": "validation",
+    # A file of "train" and "eval" is tested on its "eval" rows, as any set without test rows is.
+    "eval": "validation", "evaluation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 _TRIES = 100  # draws of 40 before a class is called missing
 _MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
 
@@ -90,6 +97,7 @@ def load_examples(
             file and the row.
         Failure: the file is damaged.
     """
+    # A brace makes a format of it; any other name, "reviews.text" too, is a column's as it stands.
     text_format = text_column if "{" in text_column else "{" + text_column + "}"
     columns = format_columns(text_format)
     wanted = [*columns, label_column]
@@ -110,7 +118,22 @@ def load_examples(
     examples = Examples([texts[i] for i in kept], codes[keep], tuple(labels), str(path))
     if split is None:
         return examples
-    return choose_split(examples, [rows[i][1]["split"] for i in kept], split)
+    parts = _sentences([row for _, row in rows], columns)
+    marks = [rows[i][1]["split"] for i in kept]
+    return choose_split(examples, marks, split, [parts[i] for i in kept])
+
+
+def _sentences(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """What a text is about without its aspect or target, so that a cut keeps a sentence whole.
+
+    The column `text` of the format, or else its longest one: "{review} ({product})" must be cut by
+    reviews, not by products.
+    """
+    if "text" in columns:
+        column = "text"
+    else:
+        column = max(columns, key=lambda name: sum(len(row[name]) for row in rows))
+    return [row[column] for row in rows]
 
 
 def row_text(row: Row, columns: Sequence[str], text_format: str, place: str) -> str:
@@ -126,33 +149,44 @@ def row_text(row: Row, columns: Sequence[str], text_format: str, place: str) -> 
                 "another --text-column"
             )
         values[name] = readable_aspect(value) if name == "aspect" else value
-    text = text_format.format_map(values).strip()
+    text = fill_format(text_format, values).strip()
     if not text:
         raise UserError(f"{place}: '{columns[-1]}' is empty: fill it in, or remove the row")
     return text
 
 
-def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Examples:
+def choose_split(
+    examples: Examples, marks: Sequence[Any], split: str, sentences: Sequence[str] | None = None
+) -> Examples:
     """The rows for training, validation or testing, by the marks of a `split` column.
 
     A set without test rows is tested on its validation rows. One without either is cut by the
-    texts themselves: a fifth of the distinct texts, chosen by hash, is for testing and the rest
-    for training, so that a text never is on both sides, whatever the order of the rows.
+    sentences themselves: a fifth of the distinct ones, chosen by hash, is for testing and the rest
+    for training, so that a sentence never is on both sides, whatever the order of the rows and
+    however many aspects of it are asked about.
 
     Args:
         examples: N examples.
-        marks: N values, "train", "dev", "validation", "test" or None.
+        marks: N values: "train", "dev", "validation", "test" and what else files call them,
+            without case; None or an empty text for a row without a mark.
         split: "train", "validation" or "test".
+        sentences: N texts without aspect or target, which the cut goes by; None takes the texts.
 
     Raises:
-        UserError: another split, or no rows for this one.
+        UserError: another split, a mark that is not known, or no rows for this split.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: there are {', '.join(SPLITS)}")
-    names = [_SPLIT_NAMES.get(mark, mark) if isinstance(mark, str) else None for mark in marks]
+    names = [_marked(mark, examples.source) for mark in marks]
     present = {name for name in names if name}
     if not present & {"test", "validation"}:
-        tested = [_hash(text) % 5 == 0 for text in examples.texts]
+        if split == "validation":
+            raise UserError(
+                f"{examples.source} marks no validation rows: pass --split test, for the fifth "
+                "that is chosen by hash, or mark rows in a column 'split'"
+            )
+        parts = examples.texts if sentences is None else sentences
+        tested = [_hash(part) % 5 == 0 for part in parts]
         if split == "test":
             logger.info("%s marks no test rows: a fifth, chosen by hash, is used", examples.source)
         keep = [is_test == (split == "test") for is_test in tested]
@@ -162,11 +196,32 @@ def choose_split(examples: Examples, marks: Sequence[Any], split: str) -> Exampl
             logger.info("%s has no test rows: its validation rows are used", examples.source)
             wanted = "validation"
         keep = [name == wanted for name in names]
+        if unmarked := names.count(None):
+            logger.warning(
+                "%s: %d rows have no mark in the column 'split': they are left out of every split",
+                examples.source, unmarked,
+            )  # fmt: skip
     chosen = examples.take(np.flatnonzero(keep))
     if not len(chosen):
-        has = f"it marks {', '.join(sorted(present))}" if present else "it is too small to be cut"
+        has = "it is too small to be cut: add rows"
+        if present:
+            has = f"its column 'split' marks {', '.join(sorted(present))}: mark some {split}"
         raise UserError(f"{examples.source} has no rows for --split {split}: {has}")
     return chosen
+
+
+def _marked(mark: Any, source: str) -> str | None:
+    """The split that a mark names, None for no mark; UserError for one that is not known."""
+    if mark is None or mark != mark:  # NaN is how pandas leaves a gap
+        return None
+    name = str(mark).strip().casefold()
+    if name and name not in _MARKED:
+        raise UserError(
+            f"{source}: the column 'split' marks a row {mark!r}, but a mark is one of "
+            f"{', '.join(_MARKED)}, or empty: correct it, or rename a column that is about "
+            "something else"
+        )
+    return _MARKED.get(name)
 
 
 def normalise(text: str) -> str:
@@ -249,7 +304,9 @@ def _from_hub(task: Task, rows: Sequence[Mapping[str, Any]], split: str | None) 
     examples = Examples([texts[i] for i in kept], codes[kept], task.labels, source.id)
     if split is None or split in source.splits:  # then only its rows were loaded
         return examples
-    return choose_split(examples, [rows[i]["split"] for i in kept], split)
+    parts = _sentences(rows, columns)
+    marks = [rows[i]["split"] for i in kept]
+    return choose_split(examples, marks, split, [parts[i] for i in kept])
 
 
 def draw_few_shot(
@@ -283,10 +340,17 @@ def draw_few_shot(
     where = examples.source or "the data"
     need = train + validation
     if len(examples) < need:
-        raise UserError(f"{where} has {len(examples)} rows, but {need} are to be drawn: pass fewer")
+        raise UserError(
+            f"{where} has {len(examples)} rows to learn from (a fifth of a file without a column "
+            f"`split` is kept for testing), but {train} + {validation} are to be drawn: pass "
+            f"--train and --validation that add up to {len(examples)} at most"
+        )
     counts = np.bincount(examples.labels, minlength=classes)
-    for index in np.flatnonzero(counts == 0):
-        raise UserError(f"{where} has no sample of class '{names[index]}': add some, or drop it")
+    if empty := [f"'{names[index]}'" for index in np.flatnonzero(counts == 0)]:
+        raise UserError(
+            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add some, "
+            "or drop it"
+        )
     if train < classes:
         raise UserError(f"{train} training samples cannot hold {classes} classes: draw more")
     generator = np.random.Generator(np.random.PCG64(seed))

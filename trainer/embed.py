@@ -61,7 +61,8 @@ def load_encoder(source: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(
-            'sentence embeddings need sentence-transformers: pip install "metapt[trainer]"'
+            "sentence embeddings need sentence-transformers: "
+            'pip install ".[trainer]" in the checkout'
         ) from None
     from transformers.utils import logging as transformers_logging
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from serve.cli import option
@@ -16,12 +18,15 @@ from serve.files import write_json
 from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples
 from trainer.figures import as_table, figures
+from trainer.labels import class_order
 from trainer.modes import Params
 from trainer.options import TaskOptions, pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
-from trainer.tasks import Task, get_task
+from trainer.tasks import Task, get_task, task_names
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -34,13 +39,23 @@ class EvaluateConfig(TaskOptions):
     prompt: str = option(help="a prompt folder, or a fully tuned model's", positional=True)
     backbone: str | None = option(None, help="the T5 (default: the one the prompt names)")
     split: str = option(
-        "test", help="rows to evaluate on (a set without test rows: its validation rows, or a "
-        "fifth chosen by hash, which tuning never draws); `all` for every row of a file",
+        "test", help="rows to evaluate on (a set without test rows: its validation rows, or the "
+        "rows of a fifth of its sentences, chosen by hash, which tuning never draws); `all` for "
+        "every row of a file",
         choices=("train", "validation", "test", "all"),
     )  # fmt: skip
     limit: int = option(0, help="at most this many rows, drawn by seed 0 (0: all)", minimum=0)
     json: str | None = option(None, help="write the figures as JSON here", metavar="FILE")
     device: str = option("auto", help="auto, cpu, cuda, cuda:1 ...")
+    labels: list[str] = option(
+        [], help="names of the classes, in the order of their numbers; with --data only for a "
+        "prompt without a task.json, which otherwise decides",
+    )  # fmt: skip
+    words: list[str] = option([], help="label word of each class, for a prompt without a task.json")
+    template: str | None = option(
+        None, help="what the model reads, with {text} and <extra_id_0>, for a prompt without a "
+        "task.json",
+    )  # fmt: skip
 
     examples = ["runs/sst2 --task sst2", "runs/mine --data reviews.csv --split all --json -"]
 
@@ -73,38 +88,92 @@ def _load(path: Path) -> Prompt:
     return load_prompt(path)
 
 
-def _task_of(config: EvaluateConfig, prompt: Prompt) -> Task:
-    """The data set to evaluate on: what the flags say, or the task the prompt was tuned for."""
-    record = prompt.task
+def _task_of(config: EvaluateConfig, record: TaskRecord) -> Task:
+    """The data set to evaluate on: what the flags say, or the task the prompt was tuned for.
+
+    Raises:
+        UserError: there is no such task, or a flag contradicts the record.
+    """
+    if config.task is None and config.data is None:
+        config = replace(config, task=record.name)
+    if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
+        return config.resolve_task()
+    _check_flags(config, record)
     if config.task is not None:
-        task = config.resolve_task()
-    elif config.data is not None:
-        if not record.labels:
-            task = config.resolve_task()
-        else:
-            labels, words = tuple(record.labels), tuple(record.words)
-            task = Task(record.name, labels, words, template=record.template)
-    else:
-        task = get_task(record.name)
-    if record.labels and len(task.labels) != len(record.labels):
+        return config.resolve_task()
+    labels, words = tuple(record.labels), tuple(record.words)
+    if record.name in task_names() and get_task(record.name).classes == len(labels):
+        # As the prompt's texts were read: with their aspects, and without the rows to be dropped.
+        known = get_task(record.name)
+        return replace(known, labels=labels, words=words, template=record.template)
+    return Task(record.name, labels, words, template=record.template)
+
+
+def _check_flags(config: EvaluateConfig, record: TaskRecord) -> None:
+    """Refuse what would be ignored: a prompt is read out as it was trained."""
+    flags: list[tuple[str, list[str], list[str]]] = [
+        ("words", config.words, record.words),
+        ("template", [config.template] if config.template else [], [record.template]),
+    ]
+    if config.task is None:  # the names of a registered set's classes may differ, see _match
+        flags.append(("labels", config.labels, record.labels))
+    for name, given, own in flags:
+        if given and given != own:
+            raise UserError(
+                f"--{name} {' '.join(given)}: the prompt's task.json decides, and says "
+                f"{', '.join(own)}: leave --{name} out"
+                + (", and name or number the file's classes so" if name == "labels" else "")
+            )
+
+
+def _match(task: Task, record: TaskRecord) -> list[int]:
+    """[C], which of the prompt's classes each class of the task is.
+
+    By their names; where these differ, by their places on the scale that the names or the label
+    words of each side form, with a warning.
+
+    Raises:
+        UserError: another number of classes, or classes that neither tells.
+    """
+    both = f"({', '.join(record.labels)}), but task '{task.name}' has"
+    if len(task.labels) != len(record.labels):
         raise UserError(
-            f"the prompt knows {len(record.labels)} classes ({', '.join(record.labels)}), but "
-            f"task '{task.name}' has {len(task.labels)}: pass the task it was tuned for"
+            f"the prompt knows {len(record.labels)} classes {both} {len(task.labels)} "
+            f"({', '.join(task.labels)}): pass the task it was tuned for"
         )
-    return task
+    theirs, ours = ([name.strip().casefold() for name in x.labels] for x in (task, record))
+    if sorted(theirs) == sorted(ours):
+        return [ours.index(name) for name in theirs]
+    places = class_order(task.labels, task.words)
+    own = class_order(record.labels, record.words)
+    if places is None or own is None:
+        raise UserError(
+            f"the prompt knows the classes {both} {', '.join(task.labels)}, and neither their "
+            "names nor their label words say which is which: pass the task it was tuned for, or "
+            "--task with --labels, the prompt's names in the order of the task's classes"
+        )
+    order = [own.index(place) for place in places]
+    pairs = zip(task.labels, (record.labels[index] for index in order), strict=True)
+    log.warning(
+        "the classes of task '%s' are matched with the prompt's by their order: %s",
+        task.name, ", ".join(f"{name} is {of_prompt}" for name, of_prompt in pairs),
+    )  # fmt: skip
+    return order
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """`python -m trainer evaluate`."""
     path = Path(config.prompt)
     prompt = _load(path)
-    task = _task_of(config, prompt)
     record = prompt.task
-    if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
+    task = _task_of(config, record)
+    if not record.labels:
         record = replace(
             record, labels=list(task.labels), words=list(task.words), template=task.template
         )
+    order = np.array(_match(task, record))
     examples = config.load(task, None if config.split == "all" else config.split)
+    examples = replace(examples, labels=order[examples.labels], names=tuple(record.labels))
     if config.limit:
         examples = examples.sample(config.limit, 0)
     full = record.mode == "none"

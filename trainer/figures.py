@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,17 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
     return float(np.exp((low + high) / 2))
 
 
+def accuracy_interval(hits: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson 1927): what as many other rows may well give."""
+    if not rows:
+        return 0.0, 1.0
+    z, share = 1.959964, hits / rows
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    spread = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    spread /= 1 + z * z / rows
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
 def figures(
     scores: Tensor, labels: np.ndarray, names: Sequence[str], temperature: float = 1.0
 ) -> dict[str, Any]:
@@ -64,8 +76,8 @@ def figures(
         temperature: divides the logits before the softmax.
 
     Returns:
-        accuracy, macro_f1, calibration_error, loss, rows, labels, confusion [C][C] (rows are the
-        true classes), per_class precision, recall, f1 and support.
+        accuracy with its 95 % interval, macro_f1, calibration_error, loss, rows, labels,
+        confusion [C][C] (rows are the true classes), per_class precision, recall, f1, support.
     """
     probabilities = (scores.double() / temperature).softmax(-1).numpy()
     predicted = probabilities.argmax(-1)
@@ -83,6 +95,7 @@ def figures(
     return {
         "rows": len(labels),
         "accuracy": float(hits.sum() / max(1, len(labels))),
+        "accuracy_interval": list(accuracy_interval(int(hits.sum()), len(labels))),
         "macro_f1": float(f1[present].mean()) if present.any() else 0.0,
         "calibration_error": calibration_error(probabilities.max(-1), predicted == labels),
         "loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
@@ -103,10 +116,11 @@ def figures(
 def as_table(values: dict[str, Any]) -> str:
     """The figures as text for a terminal."""
     names: list[str] = values["labels"]
+    low, high = values["accuracy_interval"]
     wide = max(12, *(len(name) for name in names)) + 1
     lines = [
         f"rows               {values['rows']}",
-        f"accuracy           {values['accuracy']:.4f}",
+        f"accuracy           {values['accuracy']:.4f}   (95 %: {low:.3f} to {high:.3f})",
         f"macro-F1           {values['macro_f1']:.4f}",
         f"calibration error  {values['calibration_error']:.4f}",
         "",

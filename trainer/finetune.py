@@ -16,12 +16,13 @@ from trainer.backbone import Backbone
 from trainer.data import Examples
 from trainer.figures import figures, fit_temperature
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule
-from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import TaskRecord
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
+from trainer.tensors import digest
 from trainer.tune import Sampling, draw, epoch_stream, prompt_gradient
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 class FinetuneConfig(BackboneOptions, TaskOptions, Sampling):
     """Full tuning of the backbone on a task, without a prompt (appendix A.1).
 
-    Writes a Hugging Face model folder with `task.json` beside it; `evaluate --model` reads it.
+    Writes a Hugging Face model folder with `task.json` in it; `evaluate FOLDER` reads it.
     """
 
     out: str = option(help="folder of the tuned model")
@@ -86,11 +87,12 @@ def finetune(
 
 def run_finetune(config: FinetuneConfig) -> None:
     """`python -m trainer finetune`."""
-    out = output_folder(config.out)
+    out = result_folder(config.out)
     task = config.resolve_task()
     train, validation = draw(config, task, config.load(task, "train"))
     backbone = config.load_backbone(trainable=True)
-    run = record("finetune", config, backbone_sha256=backbone.sha256)
+    data = digest(train.texts, train.labels, validation.texts, validation.labels)
+    run = record("finetune", config, backbone_sha256=backbone.sha256, data_sha256=data)
     options = RunOptions(checkpoint_folder(out), run)
     loop = finetune(backbone, task, train, validation, config, options)
     if not workers().main:

@@ -68,7 +68,7 @@ def load(source: Hub, split: str | None, task: str) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError(
             f"task '{task}' comes from the Hugging Face hub, which needs the 'datasets' package: "
-            'pip install "metapt[hub]", or pass --data FILE or --data-dir FOLDER'
+            'pip install ".[hub]" in the checkout, or pass --data FILE or --data-dir FOLDER'
         ) from None
     offline = not _reachable(source)
     cache_only = _offline() if offline else nullcontext()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from serve.errors import UserError
+from serve.files import read_json
+from trainer.remote import Source, is_url, open_binary
+from trainer.tables import kind_of
 from trainer.tasks import (
     FIVE_LABELS,
     FIVE_STARS,
@@ -25,6 +30,9 @@ logger = logging.getLogger(__name__)
 _MOST_CLASSES = 200  # more distinct values than this are no class column
 _MOST_STARS = 10  # indices from 1 up to this are taken for a rating
 _INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class beside a gap
+
+_CLASS_NAMES = b"class_names"  # in a Parquet file's metadata: a JSON list, class 0 first
+_ADVICE = "pass --labels, or another --label-column"
 
 # Names whose order is known; by the alphabet "very negative" would come after "positive".
 _SCALES = (
@@ -45,17 +53,86 @@ def as_index(value: Any) -> int | None:
     return None
 
 
-def find_labels(values: Sequence[Any], places: Sequence[str], column: str) -> list[str]:
+def scale_order(names: Sequence[str]) -> list[int] | None:
+    """The place of each name on the scale that the names form, from 0 for the lowest.
+
+    A scale is known names without case ("negative", "neutral", "positive") in any order, or the
+    numbers from 0 or 1 in theirs. None where the names form none.
+    """
+    folded = [name.strip().casefold() for name in names]
+    for scale in _SCALES:
+        if sorted(folded) == sorted(scale):
+            return [scale.index(name) for name in folded]
+    for first in (0, 1):
+        if folded == [str(first + index) for index in range(len(folded))]:
+            return list(range(len(folded)))
+    return None
+
+
+def class_order(labels: Sequence[str], words: Sequence[str]) -> list[int] | None:
+    """The place of each class on the scale of its names or else of its label words, or None.
+
+    Args:
+        labels: the C class names; words: the C words that they are read out as.
+    """
+    if all(as_index(label) is not None for label in labels):
+        # Numbers come last: a class "0" that is read out as "good" is the upper one.
+        return scale_order(words) or scale_order(labels)
+    return scale_order(labels) or scale_order(words)
+
+
+def class_metadata(names: Sequence[str]) -> dict[bytes, bytes]:
+    """The metadata by which a Parquet file of class indices says what they are called."""
+    return {_CLASS_NAMES: json.dumps(list(names), ensure_ascii=False).encode()}
+
+
+def class_names(path: Source) -> list[str] | None:
+    """What `label` and `cluster` say that the class indices in their Parquet files are called.
+
+    It stands in the file's metadata, or in the record of the run: `X.run.json` beside `X.parquet`,
+    `_run.json` in a folder of shards.
+
+    Returns:
+        The C names; None where there are none, or where they are numbers themselves, which as
+        values of a column would be taken for names.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    path = path if is_url(path) else Path(path)
+    names: list[str] = []
+    if kind_of(path) == ".parquet":
+        try:
+            with open_binary(path) as raw:
+                metadata = parquet.read_schema(raw).metadata or {}
+        except (arrow.ArrowInvalid, OSError):
+            return None  # whoever reads the rows says what is wrong with the file
+        names = json.loads(metadata.get(_CLASS_NAMES, b"[]"))
+        beside = Path(path).with_suffix(".run.json")
+    else:
+        beside = Path(path) / "_run.json"
+    if not names and not is_url(path) and beside.is_file():
+        record = read_json(beside)
+        if isinstance(record, dict) and record.get("command") in ("label", "cluster"):
+            names = record.get("labels", [])
+    return None if any(as_index(name) is not None for name in names) else names or None
+
+
+def find_labels(
+    values: Sequence[Any], places: Sequence[str], column: str, advice: str = _ADVICE
+) -> list[str]:
     """The class names of a file that are not given.
 
     Indices give "0", "1", ... up to the largest; indices that start at 1, as star ratings do, give
-    "1", "2", .... Names are taken in the order of a scale that they form ("negative", "neutral",
-    "positive"), and sorted otherwise.
+    "1", "2", .... Names that differ in case only are one, spelt as it is met first. They are taken
+    in the order of a scale that they form ("negative", "neutral", "positive"), and sorted
+    otherwise.
 
     Args:
         values: N label values.
         places: where each stands, for errors.
         column: the column's name, for errors.
+        advice: what errors tell the user to do, in the command's own flags.
 
     Raises:
         UserError: values that are no classes.
@@ -68,7 +145,7 @@ def find_labels(values: Sequence[Any], places: Sequence[str], column: str) -> li
             at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
             raise UserError(
                 f"{places[at]}: label {values[at]!r} is no class index: class indices count from "
-                "0; pass --labels, or another --label-column"
+                f"0; {advice}"
             )
         if low == 1 and high <= _MOST_STARS:
             logger.info("labels 1 to %d are taken for %d classes", high, high)
@@ -78,17 +155,19 @@ def find_labels(values: Sequence[Any], places: Sequence[str], column: str) -> li
         if not isinstance(value, str) or not value.strip():
             raise UserError(
                 f"{place}: label {value!r} is neither a class name nor a class index: correct the "
-                "row, or pass another --label-column"
+                f"row, or {advice}"
             )
-    names = sorted({value.strip() for value in values})
+    spelling: dict[str, str] = {}
+    for value in values:
+        spelling.setdefault(value.strip().casefold(), value.strip())
+    names = [spelling[name] for name in sorted(spelling)]
     if len(names) > _MOST_CLASSES:
         raise UserError(
             f"column '{column}' has {len(names)} different values: that is no column of classes; "
-            "pass another --label-column"
+            f"{advice}"
         )
-    for scale in _SCALES:
-        if {name.casefold() for name in names} == set(scale) and len(names) == len(scale):
-            return sorted(names, key=lambda name: scale.index(name.casefold()))
+    if order := scale_order(names):
+        return [names[index] for index in np.argsort(order)]
     return names
 
 
@@ -108,9 +187,14 @@ def class_codes(
         [N] int64 in 0..C-1, or -1 where the row is to be left out.
 
     Raises:
-        UserError: a value that is no class; the message names its place.
+        UserError: a value that is no class, the message names its place; a class named twice.
     """
     known = {name.strip().casefold(): index for index, name in enumerate(labels)}
+    if len(known) < len(labels):
+        raise UserError(
+            f"the classes {', '.join(labels)} have a name twice (case does not count): pass other "
+            "--labels"
+        )
     left_out = {name.casefold() for name in drop}
     classes = len(labels)
     codes = np.empty(len(values), dtype=np.int64)

@@ -13,6 +13,7 @@ from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples, load_task
 from trainer.modes import MODES
 from trainer.parallel import workers
+from trainer.runs import RUN_FILE
 from trainer.tasks import Task, get_task, task_from_file
 
 
@@ -50,7 +51,12 @@ class PromptOptions(BackboneOptions):
         help="attention mode: full is the paper's, prefix costs nothing when served, deep trains "
         "the keys and values themselves",
     )  # fmt: skip
-    prompt_tokens: int = option(100, help="P, the number of prompt tokens (paper: 100)", minimum=1)
+    prompt_tokens: int = option(
+        100,
+        help="P, the number of prompt tokens (paper: 100); a prompt or shipped:NAME as the start "
+        "keeps its own",
+        minimum=1,
+    )
 
 
 @dataclass(kw_only=True)
@@ -131,6 +137,20 @@ def output_folder(out: str) -> Path:
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {out} is a file, but a folder is written: pass another --out")
+    return path
+
+
+def result_folder(out: str) -> Path:
+    """As `output_folder`, for a result that replaces what stands there.
+
+    Raises:
+        UserError: the folder holds something that is not the result of an earlier run.
+    """
+    path = output_folder(out)
+    if path.is_dir() and any(path.iterdir()) and not (path / RUN_FILE).is_file():
+        raise UserError(
+            f"--out {out} holds other files, which the result would replace: pass another --out"
+        )
     return path
 
 

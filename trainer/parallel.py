@@ -87,7 +87,7 @@ class Workers:
                 from accelerate import Accelerator
             except ImportError:
                 raise UserError(
-                    "several processes need accelerate: pip install 'metapt[trainer]'"
+                    "several processes need accelerate: pip install '.[trainer]' in the checkout"
                 ) from None
             # The launcher ends the processes that are left; the run is to be saved before that.
             signal.signal(signal.SIGTERM, _ended)

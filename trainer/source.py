@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ from serve.cli import option
 from serve.errors import UserError
 from trainer.backbone import Backbone
 from trainer.initial import initial_params
+from trainer.labels import as_index, class_codes, class_names, find_labels, scale_order
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, Score, check_rate
 from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
 from trainer.modes import Params, add_group
-from trainer.options import PromptOptions, checkpoint_folder, output_folder
+from trainer.options import PromptOptions, checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import DEFAULT_TEMPLATE, Prompt, TaskRecord, save_prompt
 from trainer.readout import Batch
@@ -26,6 +27,7 @@ from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
 from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS
+from trainer.tensors import digest
 from trainer.tune import epoch_stream, prompt_gradient
 from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_size
 
@@ -45,7 +47,9 @@ class SourceOptions(PromptOptions):
     data: str = option(help="the Parquet file that `cluster` wrote", metavar="FILE")
     out: str = option(help="folder of the prompt")
     init: str = option("vocab", help="random, vocab, shipped:NAME, or a prompt folder")
-    words: list[str] = option([], help="label word of each class (default: by their number)")
+    words: list[str] = option(
+        [], help="label word of each class (default for numbers and sentiment scales: bad good ...)"
+    )
     template: str = option(DEFAULT_TEMPLATE, help="what the model reads")
     steps: int = option(20_000, help="outer steps at most (A.3)", minimum=1)
     evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
@@ -114,40 +118,62 @@ class SourceData:
     """Clustered, labelled source texts.
 
     Attributes:
-        texts: N; labels, clusters: int [N]; classes: C.
+        texts: N; labels, clusters: int [N]; classes: C; names: of the C classes, or none.
     """
 
     texts: list[str]
     labels: np.ndarray
     clusters: np.ndarray
     classes: int
+    names: tuple[str, ...] = ()
 
 
 def read_source(path: str, *, clustered: bool) -> SourceData:
-    """Read what `cluster` (or, for PPT, `label`) wrote.
+    """Read what `cluster` (or, for PPT, `label`) wrote, or any file of texts and labels.
+
+    Labels are class names or indices: see `trainer.labels.find_labels`.
 
     Raises:
-        UserError: a column is missing, or there are no rows or only one class.
+        UserError: a missing column, a value that is no class or cluster, no rows, or one class.
     """
     columns = ["text", "label", *(["cluster"] if clustered else [])]
-    rows = [row for _, row in iterate_rows(path, columns, keep_all=False)]
-    if not rows:
+    advice = f"run `python -m trainer cluster --data {path}` first, and pass what it writes"
+    placed = list(iterate_rows(path, columns, advice=advice))
+    if not placed:
         raise UserError(f"--data {path} has no rows: run `python -m trainer label` again")
-    labels = np.array([int(row["label"]) for row in rows])
-    clusters = np.array([int(row["cluster"]) for row in rows]) if clustered else np.zeros(len(rows))
-    classes = int(labels.max()) + 1
-    if classes < 2 or labels.min() < 0:
-        raise UserError(f"--data {path} holds one class only: label it with at least two")
-    return SourceData([row["text"] for row in rows], labels, clusters.astype(np.int64), classes)
+    places = [f"{path}, {place}" for place, _ in placed]
+    rows = [row for _, row in placed]
+    values = [row["label"] for row in rows]
+    names = class_names(path) or find_labels(values, places, "label", "label the texts again")
+    labels = class_codes(values, places, names, ())
+    if len(held := np.unique(labels)) < 2:
+        raise UserError(
+            f"--data {path} holds texts of class '{names[held[0]]}' only: label it with at least "
+            "two classes"
+        )
+    numbers = [as_index(row["cluster"]) if clustered else 0 for row in rows]
+    if None in numbers:
+        raise UserError(f"{places[numbers.index(None)]}: the cluster is no whole number: {advice}")
+    clusters = np.array(numbers, np.int64)
+    return SourceData([row["text"] for row in rows], labels, clusters, len(names), tuple(names))
 
 
-def source_words(config: Any, classes: int) -> list[str]:
+def source_words(config: Any, classes: int, names: Sequence[str] = ()) -> list[str]:
     """The label words of the source data.
 
+    Args:
+        names: of the classes, where they are known; the defaults are a scale, lowest first.
+
     Raises:
-        UserError: there is no default for this number of classes, or --words has another number.
+        UserError: there is no default for so many classes or such names, or --words has another
+            number.
     """
     words = config.words or list(_WORDS.get(classes, ()))
+    if words and not config.words and names and scale_order(names) != list(range(classes)):
+        raise UserError(
+            f"the classes are called {', '.join(names)}, which is no scale that the label words "
+            f"{', '.join(words)} fit: pass the word of each class, in that order, with --words"
+        )
     if len(words) != classes:
         raise UserError(
             f"the source data has {classes} classes, but there are {len(words)} label words: pass "
@@ -350,11 +376,12 @@ def source_prompt(loop: Loop, config: Any, words: list[str], method: str) -> Pro
 
 
 def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
-    out = output_folder(config.out)
+    out = result_folder(config.out)
     data = read_source(config.data, clustered=command == "meta")
-    words = source_words(config, data.classes)
+    words = source_words(config, data.classes, data.names)
     backbone = config.load_backbone()
-    run = record(command, config, backbone_sha256=backbone.sha256)
+    rows = digest(data.texts, data.labels, data.clusters)
+    run = record(command, config, backbone_sha256=backbone.sha256, data_sha256=rows)
     loop = train(backbone, data, config, RunOptions(checkpoint_folder(out), run))
     if not workers().main:
         return

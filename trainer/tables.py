@@ -24,6 +24,14 @@ _LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the fl
 _BATCH = 4096  # Parquet rows, or lines between two reports of progress
 _BUFFER = 1 << 20  # bytes of a Parquet column read at a time
 
+# What to do about a missing column, by the flag that named the file.
+_COLUMN_FLAGS = {
+    "--corpus": "pass --corpus-column",
+    "--exclude": "pass --exclude-column",
+    "--source": "name its columns text and label",
+}
+_ADVICE = "pass --text-column and --label-column"
+
 Row = dict[str, Any]
 Advance = Callable[[int], None]
 
@@ -124,23 +132,22 @@ def decoded_lines(
         raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
 
 
-def _require(path: Source, columns: Sequence[str], present: Sequence[str]) -> None:
+def _require(path: Source, columns: Sequence[str], present: Sequence[str], advice: str) -> None:
     for name in columns:
         if name not in present:
             raise UserError(
-                f"{path} has no column '{name}': it has {', '.join(present) or 'none'}; pass "
-                "--text-column and --label-column"
+                f"{path} has no column '{name}': it has {', '.join(present) or 'none'}; {advice}"
             )
 
 
 def _separated(
-    path: Source, columns: Sequence[str], delimiter: str, advance: Advance | None
+    path: Source, columns: Sequence[str], delimiter: str, advice: str, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # reviews can be longer than 128 KiB
     reader = csv.reader(decoded_lines(path, advance=advance), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
-        _require(path, columns, header)
+        _require(path, columns, header, advice)
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise UserError(f"{path} has the column '{twice}' twice: rename one")
@@ -160,7 +167,7 @@ def _separated(
 
 
 def _json_lines(
-    path: Source, columns: Sequence[str], advance: Advance | None
+    path: Source, columns: Sequence[str], advice: str, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(decoded_lines(path, advance=advance), start=1):
         if not line.strip():
@@ -177,13 +184,13 @@ def _json_lines(
             if name not in row:
                 raise UserError(
                     f"{path}, line {number} has no '{name}': it has {', '.join(row) or 'none'}; "
-                    "pass --text-column and --label-column"
+                    f"{advice}"
                 )
         yield f"line {number}", row
 
 
 def _parquet(
-    path: Source, columns: Sequence[str], keep_all: bool, advance: Advance | None
+    path: Source, columns: Sequence[str], keep_all: bool, advice: str, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -195,7 +202,7 @@ def _parquet(
             parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False) as file,
         ):
             names = file.schema_arrow.names
-            _require(path, columns, names)
+            _require(path, columns, names, advice)
             number = 0
             bytes_a_row = size_of(path) / max(1, file.metadata.num_rows)
             batches = file.iter_batches(_BATCH, columns=None if keep_all else list(columns))
@@ -216,6 +223,7 @@ def iterate_rows(
     *,
     keep_all: bool = False,
     flag: str = "--data",
+    advice: str | None = None,
     advance: Advance | None = None,
 ) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of a CSV, TSV, JSONL or Parquet file; place reads "line 3" or "row 3".
@@ -226,6 +234,7 @@ def iterate_rows(
         columns: the columns that every row must have.
         keep_all: whether a row carries the other columns as well.
         flag: the flag that named the file, for errors.
+        advice: what to do about a missing column; None names the flags that go with `flag`.
         advance: told how many bytes of the file were read since the last call.
 
     Raises:
@@ -236,17 +245,18 @@ def iterate_rows(
     if shards := shards_of(path):
         for shard in shards:
             for place, row in iterate_rows(
-                shard, columns, keep_all=keep_all, flag=flag, advance=advance
+                shard, columns, keep_all=keep_all, flag=flag, advice=advice, advance=advance
             ):
                 yield f"{shard.name}, {place}", row
         return
     path = check_source(path, flag)
     kind = kind_of(path)
+    advice = advice or _COLUMN_FLAGS.get(flag, _ADVICE)
     if kind in (".csv", ".tsv"):
-        yield from _separated(path, columns, "," if kind == ".csv" else "\t", advance)
+        yield from _separated(path, columns, "," if kind == ".csv" else "\t", advice, advance)
     elif kind in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, columns, advance)
+        yield from _json_lines(path, columns, advice, advance)
     elif kind == ".parquet":
-        yield from _parquet(path, columns, keep_all, advance)
+        yield from _parquet(path, columns, keep_all, advice, advance)
     else:
         raise UserError(f"{flag} {path}: the name must end in .csv, .tsv, .jsonl or .parquet")

@@ -17,7 +17,6 @@ where truncation, which cuts the end of the text, leaves it whole.
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +113,31 @@ class Task:
         return len(self.labels)
 
 
+# Not `str.format`, which would read the columns "reviews.text" and "Text: body" as an attribute
+# and a format.
+_COLUMN = re.compile(r"\{([^{}]+)\}")
+
+
 def format_columns(text_format: str) -> list[str]:
-    """The column names that a text format needs, in their order: ["aspect", "text"]."""
-    return [name for _, name, _, _ in string.Formatter().parse(text_format) if name]
+    """The column names that a text format needs, in their order: ["aspect", "text"].
+
+    What stands in braces is a name as it is, whatever its characters.
+
+    Raises:
+        UserError: there is no name in braces.
+    """
+    columns = _COLUMN.findall(text_format)
+    if not columns:
+        raise UserError(
+            f"--text-column {text_format}: a format over columns has their names in braces, such "
+            "as '{aspect}: {text}'"
+        )
+    return columns
+
+
+def fill_format(text_format: str, values: Mapping[str, str]) -> str:
+    """The format with every `{column}` replaced by the column's value."""
+    return _COLUMN.sub(lambda column: values[column[1]], text_format)
 
 
 def readable_aspect(value: str) -> str:

@@ -18,7 +18,7 @@ from trainer.figures import figures, fit_temperature
 from trainer.initial import initial_params
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, check_rate
 from trainer.modes import Params, add_group
-from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, output_folder
+from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import Prompt, TaskRecord, save_prompt
 from trainer.rows import Rows, Scorer
@@ -208,7 +208,7 @@ def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
 
 def run_tune(config: TuneConfig) -> None:
     """`python -m trainer tune`."""
-    out = output_folder(config.out)
+    out = result_folder(config.out)
     task = config.resolve_task()
     train, validation = draw(config, task, config.load(task, "train"))
     backbone = config.load_backbone()

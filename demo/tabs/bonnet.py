@@ -18,7 +18,7 @@ from serve.errors import Failure
 from serve.files import read_json
 
 _CURVES = {
-    "validation_accuracy": "Held-out accuracy",
+    "validation_accuracy": "Validation accuracy",
     "validation_loss": "Held-out loss",
     "loss": "Training loss",
 }
@@ -28,7 +28,7 @@ _METHODS = {
     "tune": "tuned on samples", "metapt": "MetaPT, a start", "ppt": "PPT, a start",
     "shipped": "trained with the backbone", "start": "trained with the backbone, a start",
 }  # fmt: skip
-_TASKS = ["Prompt", "Made by", "Labels", "Label words", "Size", "Held-out accuracy"]
+_TASKS = ["Prompt", "Made by", "Labels", "Label words", "Size", "Validation accuracy"]
 _WORDS = ["Prompt token", "Nearest words (cosine)"]
 
 

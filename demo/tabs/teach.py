@@ -31,13 +31,13 @@ from demo.teach import (
 from serve.errors import UserError
 
 _REDRAW = 0.7  # seconds between two drawings of the curves, which cost a browser more than a step
-_COLOURS = {"MetaPT start": "#0d9488", "shipped prompt": "#0d9488", "common words": "#6366f1",
+_COLOURS = {"MetaPT start": "#0d9488", "bundle's prompt": "#0d9488", "common words": "#6366f1",
             "random start": "#d97706"}  # fmt: skip
 
 
 def run_titles(room: Room) -> dict[str, str]:
     """What the runs are called, by the starts that the bundle carries."""
-    best = "MetaPT start" if room.start("metapt") is not None else "shipped prompt"
+    best = "MetaPT start" if room.start("metapt") is not None else "bundle's prompt"
     return {"best": best, "words": "common words", "random": "random start"}
 
 
@@ -46,8 +46,8 @@ def start_words(room: Room) -> str:
     if room.start("metapt") is not None:
         return "the MetaPT start"
     return (
-        "the prompt of this bundle that answers your examples best as it is (a MetaPT start does "
-        "not ship yet)"
+        "the prompt of this bundle that answers your examples best as it is (the quick start's "
+        "bundle has a MetaPT start)"
     )
 
 
@@ -118,9 +118,9 @@ def build(room: Room) -> TeachTab:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     gr.Markdown(
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
-        f"prompt is tuned on two thirds of them and tested on the rest: from {start_words(room)}, "
-        "from common words and from random numbers. The best of the three is served in every tab, "
-        "to you alone, until you close the page.",
+        f"prompt is tuned on two thirds of them: from {start_words(room)}, from common words and "
+        "from random numbers. The rest choose the step and the run that are served, to you alone, "
+        "in every tab, until you close the page; on texts that chose nothing expect a little less.",
         elem_classes="lead",
     )
     with gr.Row():

@@ -16,6 +16,7 @@ from conftest import make_tiny_t5
 
 import exporter.export as export_module
 from exporter import edit, verify
+from exporter.__main__ import BundleConfig, run_bundle
 from exporter.export import export_bundle, prepare
 from exporter.single import export_single
 from serve import bundle as bundles
@@ -149,7 +150,7 @@ def test_a_precision_that_loses_too_much_is_refused(
     graphs = onnx.load(source / "model.onnx"), onnx.load(source / "prefix.onnx")
     monkeypatch.setattr(export_module, "served_graphs", lambda served, backbone: graphs)
     wrong = lambda plain, other, texts: {  # noqa: E731
-        "accuracy_change": -0.02, "max_logit_difference": 1.0, "texts": 2, "task": "film"
+        "accuracy_change": -0.02, "max_logit_difference": 1.0, "texts": 100, "task": "film"
     }  # fmt: skip
     monkeypatch.setattr(export_module, "compare", wrong)
     data = tmp_path / "v.csv"
@@ -218,6 +219,63 @@ def test_prompts_that_do_not_go_together_are_refused(prefix: Exported, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_what_is_no_part_of_a_bundle_is_not_replaced(prefix: Exported, tmp_path: Path) -> None:
+    film, before = prefix.prompts["film"], (prefix.folder / "bundle.json").read_bytes()
+    for name in ("letter.txt", "prompts/notes.md", "bert.onnx"):
+        (prefix.folder / name).write_text("mine")
+        with pytest.raises(UserError, match=f"holds {name}, which is no part of a bundle"):
+            export_bundle([film], prefix.backbone, prefix.folder)
+        assert (prefix.folder / name).read_text() == "mine"
+        (prefix.folder / name).unlink()
+    assert (prefix.folder / "bundle.json").read_bytes() == before
+    # All that a bundle has, and a writer that was killed leaves, may go: the next check is reached.
+    (prefix.folder / ".bundle.json.12.ab.tmp").write_text("")
+    with pytest.raises(UserError, match="'int4' is unknown"):
+        export_bundle([film], prefix.backbone, prefix.folder, precisions=["int4"])
+    (prefix.folder / ".bundle.json.12.ab.tmp").unlink()
+
+
+def test_a_single_file_takes_the_name_and_the_target_of_int8(
+    prefix: Exported, tmp_path: Path
+) -> None:
+    save_prompt(prefix.prompts["food"], tmp_path / "food", prefix.backbone)
+    given = {"prompts": [str(tmp_path / "food")], "backbone": prefix.backbone.name}
+    file = str(tmp_path / "x.onnx")
+    run_bundle(
+        BundleConfig(
+            **given, single_file=file, names=["My food"], precision=["int8"], int8_target="avx2"
+        )
+    )
+    task = verify.session(tmp_path / "x.onnx").get_modelmeta().custom_metadata_map["task"]
+    assert json.loads(task)["name"] == "my-food"
+    weights = {
+        tensor.data_type
+        for tensor in onnx.load(file).graph.initializer
+        if tensor.name.endswith("_quantized")
+    }
+    assert weights == {onnx.TensorProto.UINT8}  # `any`, the default, has signed ones
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_tokens": 9}, "--prompt-tokens is of a bundle"),
+        ({"validation": "v.csv"}, "--validation is of a bundle"),
+        ({"task": "film"}, "--task is of a bundle"),
+        ({"text_column": "body"}, "--text-column is of a bundle"),
+        ({"label_column": "stars"}, "--label-column is of a bundle"),
+        ({"force": True}, "--force is of a bundle"),
+        ({"names": ["a", "b"]}, "one of --names"),
+        ({"precision": ["fp32", "int8"]}, "one --precision"),
+    ],
+)
+def test_a_single_file_refuses_what_only_a_bundle_can(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_bundle(BundleConfig(prompts=["p"], single_file="x.onnx", **options))
+
+
 def command(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; from exporter.__main__ import COMMANDS; from serve.cli import run; "
@@ -263,6 +321,7 @@ def test_add_refuses_what_the_bundle_cannot_serve(prefix: Exported, tmp_path: Pa
         (Prompt({"prompt_embeddings": torch.ones(7, 32)}, film.task), {}, "1 to 6 prompt tokens"),
         (film, {"words": ["great", "abysmal"]}, "'abysmal' is 7 tokens"),
     ]
+    save_prompt(film, tmp_path / "named", prefix.backbone)
     before = (prefix.folder / "bundle.json").read_bytes()
     for index, (prompt, changed, message) in enumerate(cases):
         source = tmp_path / str(index)
@@ -272,4 +331,6 @@ def test_add_refuses_what_the_bundle_cannot_serve(prefix: Exported, tmp_path: Pa
         with pytest.raises(UserError, match=message) as caught:
             edit.add(prefix.folder, source)
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"'!!!' cannot be made a task's name.* --name$"):
+        edit.add(prefix.folder, tmp_path / "named", "!!!")
     assert (prefix.folder / "bundle.json").read_bytes() == before

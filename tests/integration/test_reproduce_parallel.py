@@ -45,7 +45,7 @@ def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path)
     """PPT's start is refused; MetaPT's start would go on from it, and the cell from MetaPT's."""
     (tmp_path / "data").mkdir()
     write_task(tmp_path / "data")
-    with pytest.raises(Failure, match=r"3 of 4 runs failed.*--rate 1e-09"):
+    with pytest.raises(Failure, match=r"3 of 4 runs failed.*--ppt-rate 1e-09"):
         run_reproduce(
             ReproduceConfig(
                 what="table1", backbone=str(tiny_t5), tasks=["sst2"], seeds=[1],
@@ -82,4 +82,5 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, tiny_t5: Path) -> None
     finally:
         parent.kill()
         parent.wait()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    # On a busy machine a worker may still be importing, and looks after its parent afterwards.
+    assert psutil.wait_procs(workers, timeout=60)[1] == []

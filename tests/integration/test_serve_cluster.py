@@ -25,7 +25,9 @@ from safetensors.numpy import save
 from serve import Classifier
 from serve import bundle as bundles
 
-pytest.importorskip("ray.serve", reason="needs the extra: pip install 'metapt[http,ray]'")
+pytest.importorskip(
+    "ray.serve", reason="needs the extra: pip install '.[http,ray]' in the checkout"
+)
 if (os.cpu_count() or 1) < 2:
     pytest.skip("two replicas need two processors", allow_module_level=True)
 

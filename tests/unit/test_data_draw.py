@@ -59,9 +59,10 @@ def test_balanced_draws_give_equal_shares() -> None:
 @pytest.mark.parametrize(
     ("counts", "options", "message"),
     [
-        ([30, 30], {}, "has 60 rows, but 80 are to be drawn"),
+        ([30, 30], {}, r"has 60 rows to learn from .* 40 \+ 40 are .* up to 60 at most"),
         ([100, 0], {}, "pool.csv has no sample of class 'class 1'"),
-        ([100, 100], {"classes": 3}, "has no sample of class '2'"),
+        ([100, 100], {"classes": 3}, r"has no sample of class '2' \(of 3 classes\)"),
+        ([0, 100, 0], {}, r"no sample of class 'class 0', 'class 2' \(of 3 classes\)"),
         ([50, 50, 50], {"train": 2}, "2 training samples cannot hold 3 classes"),
         (
             [100, 3],

@@ -14,6 +14,7 @@ import pytest
 
 from serve.errors import Failure, UserError
 from trainer.data import load_examples, load_task
+from trainer.tables import iterate_rows
 
 ROWS = [("good, really", 1), ('she said "no"', 0), ("two\nlines", 1), ("caf\u00e9 \U0001f600", 0)]
 
@@ -81,6 +82,22 @@ def test_names_that_form_a_scale_keep_its_order(tmp_path: Path) -> None:
     assert found.labels.tolist() == [4, 1, 2, 0, 3]
 
 
+def test_names_that_differ_in_case_are_one_class(tmp_path: Path) -> None:
+    marks = ["glad", "Positive", "positive ", "GLAD", "zest", "Apt"]
+    found = load_examples(write(tmp_path / "a.csv", [(f"t{i}", m) for i, m in enumerate(marks)]))
+    assert found.names == ("Apt", "glad", "Positive", "zest")  # by the alphabet, first spellings
+    assert found.labels.tolist() == [1, 2, 2, 1, 3, 0]
+    scale = ["Positive", "positive", "NEGATIVE"]
+    found = load_examples(write(tmp_path / "b.csv", [(f"t{i}", m) for i, m in enumerate(scale)]))
+    assert (found.names, found.counts.tolist()) == (("NEGATIVE", "Positive"), [1, 2])
+
+
+def test_classes_that_are_named_twice_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [("x", "good"), ("y", "bad")])
+    with pytest.raises(UserError, match="the classes Good, bad, good have a name twice"):
+        load_examples(path, labels=("Good", "bad", "good"))
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_stars_count_from_one(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", [("x", 3), ("y", 1), ("z", 2)])
@@ -107,6 +124,23 @@ def test_a_format_joins_columns_and_reads_aspects(tmp_path: Path) -> None:
         tmp_path / "a.parquet", "{aspect}: {text}", labels=("negative", "positive")
     )
     assert found.texts == ["food style options: Cold pizza."]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["reviews.text", "Text: body", "say!r", "0", "two words"])
+def test_a_column_is_found_whatever_its_name(tmp_path: Path, suffix: str, column: str) -> None:
+    path = write(tmp_path / f"a{suffix}", [("fine {text}", 1), ("dire", 0)], (column, "label"))
+    assert load_examples(path, column).texts == ["fine {text}", "dire"]
+    found = load_examples(path, "{" + column + "} / {" + column + "}")
+    assert found.texts == ["fine {text} / fine {text}", "dire / dire"]
+
+
+def test_a_format_without_a_column_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [("fine", 1)])
+    with pytest.raises(
+        UserError, match=r"--text-column text\{: a format .* '\{aspect\}: \{text\}'"
+    ):
+        load_examples(path, "text{")
 
 
 def test_classes_to_drop_are_left_out_by_name_or_index(tmp_path: Path) -> None:
@@ -159,6 +193,26 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--data", "pass --text-column and --label-column"),
+        ("--exclude", "pass --exclude-column"),
+        ("--corpus", "pass --corpus-column"),
+        ("--source", "name its columns text and label"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_missing_column_names_the_flag_that_the_file_goes_with(
+    tmp_path: Path, suffix: str, flag: str, advice: str
+) -> None:
+    path = write(tmp_path / f"a{suffix}", ROWS, ("body", "label"))
+    with pytest.raises(UserError, match=f"no .*'text': it has body, label; {advice}$"):
+        list(iterate_rows(path, ["text"], flag=flag))
+    with pytest.raises(UserError, match=r"it has body, label; rename it$"):
+        list(iterate_rows(path, ["text"], flag=flag, advice="rename it"))
+
+
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.csv does not exist"):
         load_examples(tmp_path / "none.csv")
@@ -182,36 +236,6 @@ def test_a_column_of_scores_is_no_column_of_classes(tmp_path: Path) -> None:
     path = write(tmp_path / "b.csv", [("x", 1), ("y", 90210)])
     with pytest.raises(UserError, match="line 3: label '90210' is no class index"):
         load_examples(path)
-
-
-def test_splits_follow_their_column(tmp_path: Path) -> None:
-    marks = ["train", "dev", "test", "train"]
-    table = {"text": list("abcd"), "label": [0, 1, 0, 1], "split": marks}
-    parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
-    parts = {
-        name: load_examples(tmp_path / "a.parquet", split=name).texts
-        for name in ("train", "validation", "test")
-    }
-    assert parts == {"train": ["a", "d"], "validation": ["b"], "test": ["c"]}
-
-
-def test_without_test_rows_the_validation_rows_test(tmp_path: Path) -> None:
-    table = {"text": list("abc"), "label": [0, 1, 0], "split": ["train", "dev", "train"]}
-    parquet.write_table(arrow.table(table), tmp_path / "a.parquet")
-    assert load_examples(tmp_path / "a.parquet", split="test").texts == ["b"]
-    assert load_examples(tmp_path / "a.parquet", split="train").texts == ["a", "c"]
-
-
-def test_a_set_without_splits_is_cut_by_its_texts(tmp_path: Path) -> None:
-    rows = [(f"text number {i // 2}" + "!" * (i % 2), i % 2) for i in range(2000)]
-    path = write(tmp_path / "a.csv", rows)
-    train, test = (load_examples(path, split=name) for name in ("train", "test"))
-    assert len(train) + len(test) == 2000
-    assert 300 < len(test) < 500  # a fifth
-    # Two spellings of one text are on one side, and a shuffled file is cut in the same way.
-    assert not {text.rstrip("!") for text in train.texts} & {t.rstrip("!") for t in test.texts}
-    turned = write(tmp_path / "b.csv", rows[::-1])
-    assert sorted(load_examples(turned, split="test").texts) == sorted(test.texts)
 
 
 def test_a_data_folder_is_searched_by_the_tasks_names(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 from tokenizers import Tokenizer
 
+from exporter.measure import refuse
 from exporter.precision import int8_onnx, this_machine, weight_products
 from exporter.record import WEIGHTS, read_folder, task_name, task_record, template_ids, word_ids
 from exporter.trace import ALIGNMENT, WeightsFile
@@ -64,8 +67,25 @@ def test_records_name_what_is_missing(pair) -> None:  # type: ignore[no-untyped-
 
 def test_names_become_fit_for_urls() -> None:
     assert task_name("Yelp Reviews (5)") == "yelp-reviews-5"
-    with pytest.raises(UserError, match="cannot be made a task's name"):
+    with pytest.raises(UserError, match=r"cannot be made a task's name: pass another as --names$"):
         task_name("***")
+    with pytest.raises(UserError, match=r"pass another as --name$"):  # the flag that `add` has
+        task_name("***", "--name")
+
+
+def test_prompts_are_read_in_every_float_type(tmp_path: Path) -> None:
+    """bfloat16 too, which numpy has no type for; torch is the judge."""
+    prompt = torch.tensor([[1.0, -2.5, 3.14159], [1e-30, -7e20, 0.0]])
+    (tmp_path / "task.json").write_text("{}")
+    for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        save_torch({"prompt_embeddings": prompt.to(kind)}, tmp_path / WEIGHTS)
+        found = read_folder(tmp_path)[1]["prompt_embeddings"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, prompt.to(kind).float().numpy())
+    assert found[0].tolist() == [1.0, -2.5, 3.140625]  # eight bits of the mantissa are left
+    save_torch({"prompt_embeddings": prompt.to(torch.int32)}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match="'prompt_embeddings' is of type I32: save it as F32"):
+        read_folder(tmp_path)
 
 
 def test_pefts_double_prompt_keeps_its_encoder_half(tmp_path: Path) -> None:
@@ -176,3 +196,16 @@ def test_int8_refuses_a_graph_without_products(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     with pytest.raises(Failure, match="only 0 of 0 products became int8"):
         int8_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("rows", "lost", "refused"),
+    [(100, 1, False), (100, 2, True), (40, 1, False), (1000, 5, False), (1000, 6, True)],
+)
+def test_a_variant_may_lose_half_a_point_or_one_row(rows: int, lost: int, refused: bool) -> None:
+    found = {"accuracy_change": -lost / rows, "texts": rows, "task": "film"}
+    if refused:
+        with pytest.raises(Failure, match="--force"):
+            refuse("int8", found)
+    else:
+        refuse("int8", found)

@@ -201,6 +201,17 @@ def test_the_command_and_its_errors(
         assert code == 2 and message in error and error.count("\n") == 1
 
 
+def test_other_models_beside_ours_are_not_replaced(folder: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "r", Settings(threads=1, ids_only=True)
+    export_triton(folder, out, settings)
+    (out / "bert/1").mkdir(parents=True)
+    (out / "bert/config.pbtxt").write_text("mine")
+    with pytest.raises(UserError, match=r"r holds bert beside the models of metapt.* OUT of its"):
+        export_triton(folder, out, settings)
+    assert sorted(path.name for path in out.iterdir()) == ["bert", "metapt_graph"]
+    assert (out / "bert/config.pbtxt").read_text() == "mine"
+
+
 def test_a_graph_that_answers_differently_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-from trainer.figures import as_table, calibration_error, figures, fit_temperature
+from trainer.figures import (
+    accuracy_interval,
+    as_table,
+    calibration_error,
+    figures,
+    fit_temperature,
+)
 
 
 def test_figures_equal_scikit_learn() -> None:
@@ -56,3 +63,14 @@ def test_temperature_makes_the_labels_most_likely() -> None:
 def test_an_absent_class_does_not_count_in_macro_f1() -> None:
     scores = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     assert figures(scores, np.array([0, 1]), ["a", "b", "c"])["macro_f1"] == 1.0
+
+
+def test_the_interval_of_an_accuracy_is_wilsons() -> None:
+    for hits, rows in ((12, 17), (0, 5), (5, 5), (799, 1000)):
+        low, high = accuracy_interval(hits, rows)
+        want = binomtest(hits, rows).proportion_ci(0.95, "wilson")
+        assert (low, high) == (
+            pytest.approx(want.low, abs=1e-6),
+            pytest.approx(want.high, abs=1e-6),
+        )
+    assert accuracy_interval(0, 0) == (0.0, 1.0)

@@ -96,6 +96,72 @@ def test_plan_shows_what_is_left_and_runs_nothing(
     assert "(0 of 2)" in (tmp_path / "out/table1.md").read_text()
 
 
+def test_plan_builds_no_source_and_draws_no_figure(
+    toy: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trainer.reproduce import sources
+
+    def never(*_: Any) -> None:
+        raise AssertionError("--plan runs nothing")
+
+    monkeypatch.setattr(sources, "run_label", never)
+    monkeypatch.setattr(command, "_figure4", never)
+    unbuilt = {**toy, "source": None, "text": ["open.txt"], "plan": True}
+    command.run_reproduce(ReproduceConfig(**unbuilt))
+    shown = capsys.readouterr().out
+    assert "source text: not built yet" in shown
+    assert "table1: 6 runs, 0 done, 6 left; 2 starts" in shown
+    assert not (tmp_path / "out/sources").exists()
+    sizes = {**unbuilt, "what": "figure3a", "methods": ["ppt"], "seeds": [1]}
+    command.run_reproduce(ReproduceConfig(**sizes))
+    assert "figure3a: 6 runs, 0 done, 6 left" in capsys.readouterr().out
+    for source in (toy["source"], None):
+        figure = {**unbuilt, "what": "figure4", "methods": [], "source": source}
+        command.run_reproduce(ReproduceConfig(**figure))
+        shown = capsys.readouterr().out
+        assert "figure4: one t-SNE, k = 3, 6, 10; nothing is run" in shown
+        assert ("not built yet" in shown) == (source is None)
+    assert not (tmp_path / "out/figure4.md").exists()
+
+
+def test_setfit_needs_no_more_rows_than_it_learns_from(
+    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 rows to draw from: 70 + 10 for the others, and the same 70 for SetFit."""
+    from trainer.reproduce import setfit_row
+
+    seen: dict[str, list[str]] = {}
+
+    def setfit(train: Any, *_: Any) -> dict[str, Any]:
+        seen["setfit"] = train.texts
+        return {"accuracy": 0.5, "rows": 1, "steps": 1}
+
+    def full(settings: Settings, where: Any, task: Any, train: Any, *_: Any) -> dict[str, Any]:
+        seen["ft"] = train.texts
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(setfit_row, "run_setfit", setfit)
+    monkeypatch.setattr(work, "_run_full", full)
+    settings = {
+        **toy, "what": "figure2", "methods": ["setfit", "ft"], "seeds": [1], "sizes": [70],
+        "validation": 10,
+    }  # fmt: skip
+    command.run_reproduce(ReproduceConfig(**settings))
+    assert len(seen["setfit"]) == 70 and seen["setfit"] == seen["ft"]
+
+
+@pytest.mark.parametrize(("method", "flag"), [("metapt", "outer"), ("ppt", "ppt")])
+def test_a_rate_that_is_too_small_is_named_by_its_own_flag(
+    toy: dict[str, Any], method: str, flag: str
+) -> None:
+    settings = {**toy, "methods": [method], "seeds": [1], f"{flag}_rate": 1e-9}
+    with pytest.raises(Failure, match=rf"2 of 2 runs failed.*: --{flag}-rate 1e-09 over 6 steps"):
+        command.run_reproduce(ReproduceConfig(**settings))
+
+
 def test_full_tuning_learns_what_one_word_tells(toy: dict[str, Any], tmp_path: Path) -> None:
     settings = {
         **toy, "methods": ["ft"], "seeds": [1], "train": 40, "validation": 40, "epochs": 30,

@@ -13,7 +13,7 @@ from serve.errors import Failure, UserError
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import Facts, make_plan
-from trainer.reproduce.sources import balanced_rows
+from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
 from trainer.tasks import PAPER_TASKS
 
@@ -24,6 +24,7 @@ FACTS = Facts(
         "text": {"sha": "t" * 16, "rows": 3000, "clustered": False},
         "yelp": {"sha": "y" * 16, "rows": 900, "clustered": False},
     },
+    "an-encoder",
 )
 
 
@@ -44,7 +45,7 @@ def test_table1_has_every_row_task_and_seed_once() -> None:
     assert ours.start["inner_rate"] == 0.08 and ours.start["rate"] == 0.025
     assert ours.settings["rate"] == 3e-3 and ours.settings["prompt_tokens"] == 100
     assert ours.start["source"] == {
-        "sha": "t" * 16, "rows": 0, "grouping": "kmeans", "clusters": 10,
+        "sha": "t" * 16, "rows": 0, "grouping": "kmeans", "clusters": 10, "encoder": "an-encoder",
     }  # fmt: skip
 
 
@@ -84,6 +85,37 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
         assert hashes(other) != [name]
     moved = replace(FACTS, backbone="c" * 64)
     assert settings_hash(make_plan(base, moved)[0].settings) != name
+
+
+def test_the_encoder_is_part_of_what_it_groups_and_of_nothing_else() -> None:
+    config = ReproduceConfig(what="table2", seeds=[1])
+    other = replace(FACTS, encoder="another")
+    changed = [
+        run.row
+        for run, moved in zip(make_plan(config, FACTS), make_plan(config, other), strict=True)
+        if run.start != moved.start
+    ]
+    assert changed == ["MetaPT, K-means"]
+    given = {"text": {**FACTS.sources["text"], "clustered": True}}
+    config = ReproduceConfig(what="table1", methods=["metapt", "ft", "setfit"], tasks=["sst2"])
+    first, second = (
+        {run.row: run.settings for run in make_plan(config, replace(facts, sources=given))}
+        for facts in (FACTS, other)
+    )
+    assert [row for row in first if first[row] != second[row]] == ["SetFit (all-MiniLM-L6-v2)"]
+
+
+def test_an_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
+    assert encoder_mark(None) == encoder_mark("sentence-transformers/all-MiniLM-L6-v2")
+    assert encoder_mark("someone/e5-small") == "someone/e5-small"
+    marks = []
+    for name, weights in (("a", b"1"), ("moved", b"1"), ("b", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        marks.append(encoder_mark(str(tmp_path / name)))
+    assert marks[0] == marks[1] != marks[2] and len(marks[0]) == 16
+    with pytest.raises(UserError, match="is not a folder"):
+        encoder_mark("./nowhere")
 
 
 def test_the_template_alone_runs_once_for_all_seeds() -> None:

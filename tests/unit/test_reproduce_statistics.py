@@ -1,4 +1,4 @@
-"""Statistics against scipy and numpy called plainly."""
+"""Statistics against scipy and numpy called plainly, and which rows the tables compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from trainer.reproduce.plan import Run
+from trainer.reproduce.report import Done, Grid, comparisons, make_grid, markdown
 from trainer.reproduce.statistics import bootstrap_interval, compare, summarise
 
 
@@ -21,10 +23,10 @@ def test_summary_is_the_mean_and_the_sample_deviation() -> None:
 
 def test_comparison_is_paired_over_what_both_rows_have() -> None:
     generator = np.random.default_rng(3)
-    keys = [(task, seed) for task in ("a", "b", "c") for seed in (1, 2, 3, 4)]
+    keys = [(task, 0, seed) for task in ("a", "b", "c") for seed in (1, 2, 3, 4)]
     first = {key: float(60 + 5 * generator.random()) for key in keys}
     second = {key: float(58 + 5 * generator.random()) for key in keys}
-    second["c", 99] = 0.0  # has no partner, so it must not count
+    second["c", 0, 99] = 0.0  # has no partner, so it must not count
     found = compare("A", "B", first, second)
     assert found is not None
     x, y = [first[key] for key in keys], [second[key] for key in keys]
@@ -32,7 +34,9 @@ def test_comparison_is_paired_over_what_both_rows_have() -> None:
     assert found.difference == pytest.approx(np.mean(x) - np.mean(y))
     assert found.t_p == pytest.approx(stats.ttest_rel(x, y).pvalue)
     assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(x, y).pvalue)
-    means = [[np.mean([row[t, s] for s in (1, 2, 3, 4)]) for t in "abc"] for row in (first, second)]
+    means = [
+        [np.mean([row[t, 0, s] for s in (1, 2, 3, 4)]) for t in "abc"] for row in (first, second)
+    ]
     assert found.task_p == pytest.approx(stats.ttest_rel(*means).pvalue)
 
 
@@ -49,8 +53,77 @@ def test_bootstrap_interval_agrees_with_scipys() -> None:
 
 
 def test_tests_that_say_nothing_are_none() -> None:
-    same = {("a", 1): 50.0, ("a", 2): 60.0}
+    same = {("a", 0, 1): 50.0, ("a", 0, 2): 60.0}
     found = compare("A", "B", same, dict(same))
     assert found is not None and found.difference == 0
     assert found.t_p is None and found.wilcoxon_p is None
-    assert compare("A", "B", same, {("b", 1): 1.0}) is None
+    assert compare("A", "B", same, {("b", 0, 1): 1.0}) is None
+
+
+def grid_of(
+    what: str, cells: dict[tuple[str, str, str, int, int], float], modes: list[str]
+) -> Grid:
+    """The grid of finished runs: (row, mode, task, x, seed) -> accuracy."""
+    plan = [Run(row, mode, task, seed, x, {}) for row, mode, task, x, seed in cells]
+    done = [Done(run, value, {}) for run, value in zip(plan, cells.values(), strict=True)]
+    return make_grid(what, plan, done, modes)
+
+
+def figure2(tasks: list[str], sizes: list[int]) -> dict[tuple[str, str, str, int, int], float]:
+    """MetaPT about a point above PPT, with noise, for two seeds."""
+    noise = np.random.default_rng(0)
+    return {
+        (row, "full", task, size, seed): 40 + gain + float(noise.normal())
+        for row, gain in (("MetaPT", 1.0), ("PPT", 0.0))
+        for task in tasks for size in sizes for seed in (1, 2)
+    }  # fmt: skip
+
+
+def test_the_sizes_of_a_figure_are_no_tasks() -> None:
+    sizes = [10 * 2**i for i in range(9)]
+    (one,) = comparisons(grid_of("figure2", figure2(["sst5"], sizes), ["full"]))
+    assert one.pairs == 18 and one.t_p is not None and one.task_p is None
+    values = figure2(["sst5", "sst2", "amazon2"], sizes)
+    grid = grid_of("figure2", values, ["full"])
+    assert grid.columns[:2] == ["sst5 10", "sst5 20"] and grid.cells["PPT", "sst2 10"].count == 2
+    (three,) = comparisons(grid)
+    means = [
+        [np.mean([v for k, v in values.items() if k[0] == row and k[2] == task])
+         for task in ("sst5", "sst2", "amazon2")]
+        for row in ("MetaPT", "PPT")
+    ]  # fmt: skip
+    assert three.pairs == 54
+    assert three.task_p == pytest.approx(stats.ttest_rel(*means).pvalue)
+
+
+def test_prefix_is_held_against_full_in_every_row() -> None:
+    modes = ["full", "prefix"]
+    rows = [("FT", ""), *((row, mode) for row in ("PPT", "MetaPT") for mode in modes)]
+    grid = grid_of(
+        "table1",
+        {
+            (row, mode, "sst2", 0, seed): 50.0 + seed + 3 * (mode == "prefix")
+            for row, mode in rows for seed in (1, 2)
+        },
+        modes,
+    )  # fmt: skip
+    found = comparisons(grid)
+    assert [(c.first, c.second) for c in found] == [
+        ("MetaPT [full]", "FT"), ("MetaPT [full]", "PPT [full]"),
+        ("MetaPT [full]", "PPT [prefix]"),
+        ("MetaPT [prefix]", "FT"), ("MetaPT [prefix]", "PPT [full]"),
+        ("MetaPT [prefix]", "PPT [prefix]"),
+        ("PPT [prefix]", "PPT [full]"), ("MetaPT [prefix]", "MetaPT [full]"),
+    ]  # fmt: skip
+    assert [c.difference for c in found[-2:]] == [3.0, 3.0]
+
+
+def test_the_note_says_what_the_deviation_of_a_mean_is() -> None:
+    """Tasks that go opposite ways: over the seeds the mean does not change at all."""
+    values = {
+        ("PT", "full", "sst2", 0, 1): 50.0, ("PT", "full", "sst2", 0, 2): 54.0,
+        ("PT", "full", "sst5", 0, 1): 34.0, ("PT", "full", "sst5", 0, 2): 30.0,
+    }  # fmt: skip
+    text = markdown(grid_of("table1", values, ["full"]), "T", [])
+    assert "| PT | 52.00 ± 2.83 | 32.00 ± 2.83 | 42.00 ± 2.83 |" in text
+    assert "under `mean` the mean of the row's means ± the mean of its deviations" in text

@@ -130,6 +130,21 @@ def test_a_long_text_is_cut_and_its_template_is_kept(folder: Path) -> None:
     assert cut.ids == fits.ids and cut.ids[-3:] == task.suffix_ids
 
 
+def test_a_text_is_cut_where_its_task_was_tuned(folder: Path) -> None:
+    """What was measured at the tuning is what is served, beside tasks of other lengths."""
+    record = toy.record(["no", "yes"], ["bad", "good"], max_tokens=7)
+    bundle.add_task(folder, "short", record, toy.prompt_of(3))
+    classifier = Classifier(folder, threads=1)
+    tasks = [classifier.tasks["short"], classifier.tasks["film"]]
+    short, whole = classifier.encoder.encode(["good " * 6] * 2, tasks)
+    assert (len(short.ids), short.truncated, whole.truncated) == (7, True, False)
+    cut, fits = classifier.classify(["good " * 6, "good " * 4], "short")
+    assert cut.probabilities == fits.probabilities
+    assert (cut.truncated, fits.truncated) == (True, False)
+    with pytest.raises(UserError, match="max_tokens"):
+        bundle.add_task(folder, "none", record | {"max_tokens": 3}, toy.prompt_of(3))
+
+
 @pytest.mark.parametrize("name", ["token_budget", "max_rows", "threads", "workers"])
 def test_limits_below_one_are_refused(folder: Path, name: str) -> None:
     with pytest.raises(UserError, match="must be at least 1"):

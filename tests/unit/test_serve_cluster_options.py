@@ -14,7 +14,9 @@ from serve.errors import Failure, UserError
 from serve.options import ClusterConfig
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("ray.serve", reason="needs the extra: pip install 'metapt[http,ray]'")
+pytest.importorskip(
+    "ray.serve", reason="needs the extra: pip install '.[http,ray]' in the checkout"
+)
 
 
 def test_replicas_scale_with_the_requests_under_way() -> None:
@@ -114,7 +116,7 @@ def test_without_ray_the_error_names_the_extra(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
-        2, 'error: ray is not installed: pip install "metapt[http,ray]"\n'
+        2, 'error: ray is not installed: pip install ".[http,ray]" in the checkout\n'
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def import_ray() -> Any:
         import ray
         import ray.data
     except ImportError:
-        raise UserError('--ray needs Ray: pip install "metapt[ray]"') from None
+        raise UserError('--ray needs Ray: pip install ".[ray]" in the checkout') from None
     return ray
 
 

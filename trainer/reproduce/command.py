@@ -22,6 +22,7 @@ from trainer.reproduce import plots
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import (
     TSNE_COUNTS,
+    UNBUILT,
     Facts,
     Run,
     make_plan,
@@ -35,6 +36,7 @@ from trainer.reproduce.sources import (
     balanced_rows,
     describe_source,
     embeddings,
+    encoder_mark,
     source_files,
     task_digest,
 )  # fmt: skip
@@ -60,14 +62,21 @@ def run_reproduce(config: ReproduceConfig) -> None:
     out = output_folder(config.out)
     methods_of(config)
     names = sources_needed(config)
-    files = source_files(config, names)
+    files = source_files(config, names, build=not config.plan)
+    for name in [name for name in names if name not in files]:
+        sys.stdout.write(f"source {name}: not built yet; `label` makes it first\n")
     if config.what == "figure4":
-        _figure4(config, out, files["text"])
+        if config.plan:
+            counts = ", ".join(map(str, tsne_counts(config)))
+            sys.stdout.write(f"figure4: one t-SNE, k = {counts}; nothing is run\n")
+        else:
+            _figure4(config, out, files["text"])
         return
     facts = Facts(
         weights_hash(backbone_folder(config.backbone)),
         {task: task_digest(task, config.data_dir) for task in tasks_of(config)},
-        {name: describe_source(path) for name, path in files.items()},
+        {name: describe_source(files[name]) if name in files else UNBUILT for name in names},
+        encoder_mark(config.encoder),
     )
     plan, store = make_plan(config, facts), Store(out)
     jobs = missing_jobs(plan, store)
@@ -226,6 +235,11 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
+def tsne_counts(config: ReproduceConfig) -> list[int]:
+    """The numbers of clusters that figure 4 shows."""
+    return config.sizes or list(TSNE_COUNTS)
+
+
 def _figure4(config: ReproduceConfig, out: Path, path: Path) -> None:
     """t-SNE of the source's embeddings, coloured by K-means for each number of clusters."""
     data = read_source(str(path), clustered=False)
@@ -233,7 +247,7 @@ def _figure4(config: ReproduceConfig, out: Path, path: Path) -> None:
     vectors = embeddings(str(path), config.encoder)[rows]
     texts = [data.texts[i] for i in rows]
     examples = Examples(texts, data.labels[rows], tuple(map(str, range(data.classes))))
-    counts = config.sizes or list(TSNE_COUNTS)
+    counts = tsne_counts(config)
     if max(counts) > len(texts):
         raise UserError(f"--sizes {max(counts)} clusters of {len(texts)} texts: pass fewer")
     clusters = {k: assign(examples, "kmeans", k, 1, vectors) for k in counts}

@@ -62,11 +62,18 @@ class Facts:
     Attributes:
         backbone: SHA-256 of the weights; data: digest by task.
         sources: by name ("text", "yelp"): digest, rows, and whether it is clustered already.
+        encoder: what the sentence encoder is known by.
     """
 
     backbone: str
     data: dict[str, str]
     sources: dict[str, dict[str, Any]]
+    encoder: str
+
+
+# In `Facts.sources` of a source that is not built yet: nothing of it is done, and it may turn out
+# to have all the sizes of figure 3a.
+UNBUILT: dict[str, Any] = {"sha": "", "rows": SOURCE_SIZES[-1], "clustered": False}
 
 
 def tasks_of(config: ReproduceConfig) -> list[str]:
@@ -115,6 +122,8 @@ def _source(config: ReproduceConfig, facts: Facts, name: str, **changes: Any) ->
     }  # fmt: skip
     if settings["grouping"] in ("given", "label"):
         settings["clusters"] = 0  # the file, or the number of classes, says how many
+    if settings["grouping"] == "kmeans":
+        settings["encoder"] = facts.encoder  # whose embeddings are grouped
     return settings
 
 
@@ -134,7 +143,7 @@ def _start(
         common["clip"] = config.outer_clip
     if method == "ppt":
         # Groups mean nothing to PPT: one run serves whatever they are.
-        source = {**source, "grouping": "none", "clusters": 0}
+        source = {"sha": source["sha"], "rows": source["rows"], "grouping": "none", "clusters": 0}
         return {
             **common, "source": source, "steps": config.ppt_steps or config.meta_steps,
             "rate": config.ppt_rate, "batch": config.ppt_batch,
@@ -164,7 +173,7 @@ def _cell(
         return {**settings, "backbone": facts.backbone, "max_tokens": config.max_tokens}
     settings |= {"seed": seed, "train": train}
     if method == "setfit":
-        return {**settings, "encoder": config.encoder or "default"}
+        return {**settings, "encoder": facts.encoder}
     settings |= {
         "validation": config.validation, "backbone": facts.backbone,
         "max_tokens": config.max_tokens, "epochs": config.epochs, "patience": config.patience,

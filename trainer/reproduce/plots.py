@@ -25,7 +25,9 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError('plots need matplotlib: pip install "metapt[reproduce]"') from None
+        raise UserError(
+            'plots need matplotlib: pip install ".[reproduce]" in the checkout'
+        ) from None
     matplotlib.use("Agg")
     # SVG ids are drawn at random and the date is written, unless told otherwise: equal runs shall
     # give equal files.

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.reproduce.paper import PRINTED, SOURCE, Figure
 from trainer.reproduce.plan import Run
-from trainer.reproduce.statistics import Comparison, Summary, compare, summarise
+from trainer.reproduce.statistics import Comparison, Key, Summary, compare, summarise
 
 X_NAMES = {"figure2": "samples", "figure3a": "source rows", "figure3b": "clusters"}
 
@@ -35,7 +35,7 @@ class Grid:
 
     Attributes:
         what: table1, figure2 ...; rows, columns: names in order (columns are tasks, or x values
-            of a figure); cells: (row, column) -> summary; values: row -> (task:x, seed) ->
+            of a figure); cells: (row, column) -> summary; values: row -> (task, x, seed) ->
             accuracy; planned: runs of each cell in all.
     """
 
@@ -43,7 +43,7 @@ class Grid:
     rows: list[str]
     columns: list[str]
     cells: dict[tuple[str, str], Summary]
-    values: dict[str, dict[tuple[str, int], float]]
+    values: dict[str, dict[Key, float]]
     planned: dict[tuple[str, str], int]
 
     def mean(self, row: str) -> Summary | None:
@@ -74,32 +74,30 @@ def make_grid(what: str, plan: Sequence[Run], done: Sequence[Done], modes: Seque
     for run in plan:
         key = (label_of(run, modes), column_of(run))
         planned[key] = planned.get(key, 0) + 1
-    values: dict[str, dict[tuple[str, int], float]] = {row: {} for row in rows}
+    values: dict[str, dict[Key, float]] = {row: {} for row in rows}
+    found: dict[tuple[str, str], dict[int, float]] = {}
     for item in done:
-        place = (column_of(item.run), item.run.seed)
-        values[label_of(item.run, modes)][place] = item.accuracy
-    cells = {}
-    for row in rows:
-        for column in columns:
-            found = [value for (name, _), value in values[row].items() if name == column]
-            if found:
-                cells[row, column] = summarise(found)
+        run, row = item.run, label_of(item.run, modes)
+        values[row][run.task, run.x, run.seed] = item.accuracy
+        found.setdefault((row, column_of(run)), {})[run.seed] = item.accuracy
+    cells = {place: summarise(list(by_seed.values())) for place, by_seed in found.items()}
     return Grid(what, rows, columns, cells, values, planned)
 
 
 def comparisons(grid: Grid) -> list[Comparison]:
     """Each MetaPT row against every other row, and `prefix` against `full` of the same row."""
-    found = []
+    modes = [
+        (row, full)
+        for row in grid.rows
+        if (full := row.replace("[prefix]", "[full]")) != row and full in grid.rows
+    ]
+    pairs: list[tuple[str, str]] = []
     for first in grid.rows:
-        if not first.startswith("MetaPT"):
-            continue
-        for second in grid.rows:
-            other_meta = second.startswith("MetaPT") and grid.rows.index(second) < grid.rows.index(
-                first
-            )
-            if second == first or other_meta:
-                continue
-            found.append(compare(first, second, grid.values[first], grid.values[second]))
+        if first.startswith("MetaPT"):
+            known = {frozenset(pair) for pair in (*pairs, *modes)}
+            others = [row for row in grid.rows if row != first]
+            pairs += [(first, row) for row in others if frozenset((first, row)) not in known]
+    found = [compare(a, b, grid.values[a], grid.values[b]) for a, b in (*pairs, *modes)]
     return [comparison for comparison in found if comparison is not None]
 
 
@@ -140,8 +138,8 @@ def markdown(grid: Grid, title: str, notes: Sequence[str]) -> str:
     ]
     parts = [
         f"# {title}\n",
-        "Accuracy in per cent: mean ± sample deviation over the seeds. `(n of m)` marks what is "
-        "not finished.\n",
+        "Accuracy in per cent: mean ± sample deviation over the seeds; under `mean` the mean of "
+        "the row's means ± the mean of its deviations. `(n of m)` marks what is not finished.\n",
         *(f"- {note}" for note in notes),
         "",
         _table([corner, *grid.columns, "mean"], rows),
@@ -161,9 +159,10 @@ def markdown(grid: Grid, title: str, notes: Sequence[str]) -> str:
     found = comparisons(grid)
     if found:
         parts.append(
-            "Paired over tasks and seeds: mean difference in points with its 95 % bootstrap "
-            "interval, two-sided p of the paired t-test and of Wilcoxon's signed ranks, and of the "
-            "t-test over the tasks' means alone, whose pairs are independent.\n"
+            "Paired over tasks and seeds, and over the points of a figure: mean difference in "
+            "percentage points with its 95 % bootstrap interval, two-sided p of the paired t-test "
+            "and of Wilcoxon's signed ranks, and of the t-test over the tasks' means alone, "
+            "whose pairs are independent.\n"
         )
         parts.append(
             _table(

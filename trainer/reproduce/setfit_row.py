@@ -33,8 +33,8 @@ def run_setfit(
         from setfit import SetFitModel, Trainer, TrainingArguments
     except ImportError:
         raise UserError(
-            'the row of SetFit needs its package: pip install "metapt[setfit]", or leave setfit '
-            "out of --methods"
+            'the row of SetFit needs its package: pip install ".[setfit]" in the checkout, or '
+            "leave setfit out of --methods"
         ) from None
     from sklearn.metrics import f1_score
 

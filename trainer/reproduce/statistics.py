@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+Key = tuple[str, int, int]  # task, x (a figure's abscissa, 0 in a table), seed
+
 RESAMPLES = 10_000  # of the bootstrap: its interval is then stable to about 0.01 of a deviation
 
 
@@ -40,14 +42,15 @@ def summarise(values: Sequence[float]) -> Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Row A against row B, paired over (task, seed).
+    """Row A against row B, paired over (task, x, seed).
 
     Attributes:
         pairs: N; difference: mean of A - B; low, high: its 95 % bootstrap interval.
         t_p, wilcoxon_p: two-sided p of the paired t-test and of Wilcoxon's signed ranks; None
             where a test says nothing (fewer than two pairs, or no differences).
-        task_p: two-sided p of the paired t-test over the tasks' mean differences; seeds of one
-            task share its data, so its pairs are not independent, and this test does not pretend.
+        task_p: two-sided p of the paired t-test over the tasks' mean differences; seeds and sizes
+            of one task share its data, so its pairs are not independent, and this test does not
+            pretend. None with one task.
     """
 
     first: str
@@ -78,13 +81,13 @@ def bootstrap_interval(
 def compare(
     first: str,
     second: str,
-    values_first: dict[tuple[str, int], float],
-    values_second: dict[tuple[str, int], float],
+    values_first: dict[Key, float],
+    values_second: dict[Key, float],
 ) -> Comparison | None:
-    """Compare two rows on the (task, seed) pairs that both have.
+    """Compare two rows on the (task, x, seed) that both have.
 
     Args:
-        values_first, values_second: accuracy in per cent by (task, seed).
+        values_first, values_second: accuracy in per cent by (task, x, seed).
 
     Returns:
         None where they share no pair.
@@ -93,13 +96,8 @@ def compare(
     if not shared:
         return None
     differences = np.array([values_first[key] - values_second[key] for key in shared])
-    tasks = sorted({task for task, _ in shared})
-    by_task = np.array(
-        [
-            np.mean([d for (name, _), d in zip(shared, differences, strict=True) if name == task])
-            for task in tasks
-        ]
-    )
+    names = np.array([task for task, _, _ in shared])
+    by_task = np.array([differences[names == task].mean() for task in np.unique(names)])
     low, high = bootstrap_interval(differences)
     return Comparison(
         first, second, len(shared), float(differences.mean()), low, high,

@@ -17,7 +17,7 @@ from trainer.data import Examples, draw_few_shot, load_task
 from trainer.evaluate import evaluate
 from trainer.finetune import FinetuneConfig, finetune
 from trainer.initial import initial_params
-from trainer.loop import RunOptions
+from trainer.loop import RunOptions, check_rate
 from trainer.prompt import DEFAULT_TEMPLATE, TaskRecord, save_prompt
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
@@ -106,6 +106,9 @@ def run_start(settings: Settings, where: Surroundings) -> None:
         config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings["more"])
     else:
         config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
+    # Here it is another flag's than of `meta` and `pretrain`, which would look at it later.
+    params = initial_params(backbone, config.init, config.mode, config.prompt_tokens, config.seed)
+    check_rate(config.rate, config.steps, params, "--outer-rate" if meta else "--ppt-rate")
     train = meta_train if meta else pretrain
     started = time.monotonic()
     checkpoint = path.with_name(path.name + ".checkpoint")
@@ -131,7 +134,8 @@ def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
         backbone = _frozen(where.backbone, where.device)
         return _measure(backbone, _record(task, "none", settings["max_tokens"]), {}, test)
     pool = _examples(task.name, "train", where.data_dir)
-    held = int(settings.get("validation") or settings["train"])  # SetFit takes none
+    # SetFit takes no validation rows; its training rows are the others', which are drawn first.
+    held = settings.get("validation", 0)
     chosen = draw_few_shot(pool, settings["seed"], settings["train"], held, task.classes)
     train, validation = pool.take(chosen[0]), pool.take(chosen[1])
     if method == "setfit":

@@ -1,0 +1,67 @@
+"""Mistakes that are refused before the work begins, each with what to do instead."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.__main__ import check_port
+from serve.cli import Command, run
+from serve.errors import Failure, UserError
+from trainer.data import Examples, draw_few_shot
+from trainer.options import result_folder
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"other files.*another --out"):
+        result_folder(str(tmp_path))
+    (tmp_path / "run.json").write_text("{}")  # an earlier result
+    assert result_folder(str(tmp_path)) == tmp_path
+    assert result_folder(str(tmp_path / "new")) == tmp_path / "new"
+    (tmp_path / "empty").mkdir()
+    assert result_folder(str(tmp_path / "empty")) == tmp_path / "empty"
+
+
+def test_a_port_that_is_taken_is_said_before_the_page_is_built() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Failure, match=rf"127\.0\.0\.1:{port} .*another --port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def commands(argv: list[str]) -> dict[str, Command]:
+        import torch_of_another_name.nn  # type: ignore[import-not-found]  # noqa: F401
+
+        return {}
+
+    assert run("python -m trainer", "", commands, ["tune"]) == 2
+    assert capsys.readouterr().err == (
+        'error: torch_of_another_name is not installed: pip install ".[all]" in the checkout\n'
+    )
+
+
+def test_ctrl_c_while_packages_are_imported_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def commands(argv: list[str]) -> dict[str, Command]:
+        raise KeyboardInterrupt
+
+    assert run("python -m trainer", "", commands, ["tune"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_too_few_rows_say_where_the_others_are_and_which_flags_to_pass() -> None:
+    examples = Examples(["a"] * 35, np.arange(35) % 2, ("no", "yes"), "forty.csv")
+    with pytest.raises(UserError) as caught:
+        draw_few_shot(examples, 1, 40, 40, 2)
+    assert str(caught.value) == (
+        "forty.csv has 35 rows to learn from (a fifth of a file without a column `split` is kept "
+        "for testing), but 40 + 40 are to be drawn: pass --train and --validation that add up to "
+        "35 at most"
+    )

@@ -1,0 +1,189 @@
+"""Source data: its classes, what they are called, and the label words that they get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from serve.errors import UserError
+from trainer.cluster import ClusterConfig, run_cluster
+from trainer.labels import class_metadata, class_names, class_order, scale_order
+from trainer.source import (
+    MetaConfig,
+    PretrainConfig,
+    SourceData,
+    read_source,
+    run_meta,
+    run_pretrain,
+    source_words,
+)
+
+
+def source(tmp_path: Path, labels: list[str], header: str = "text,label") -> Path:
+    path = tmp_path / "source.csv"
+    rows = "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
+    path.write_text(header + "\n" + rows, "utf-8")
+    return path
+
+
+def words_of(data: SourceData, *words: str) -> list[str]:
+    config = MetaConfig(data="", out="", words=list(words))
+    return source_words(config, data.classes, data.names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "codes", "names"),
+    [
+        (["positive", "negative", "Positive"], [1, 0, 1], ("negative", "positive")),
+        (["1.0", "0.0", "1.0"], [1, 0, 1], ("0", "1")),
+        (["1", "5", "3", "2", "4"], [0, 4, 2, 1, 3], ("1", "2", "3", "4", "5")),
+        (["2", "0", "2"], [2, 0, 2], ("0", "1", "2")),
+    ],
+)
+def test_labels_of_a_source_are_read_as_those_of_a_task(
+    tmp_path: Path, labels: list[str], codes: list[int], names: tuple[str, ...]
+) -> None:
+    data = read_source(str(source(tmp_path, labels)), clustered=False)
+    assert (data.labels.tolist(), data.names, data.classes) == (codes, names, len(names))
+    assert data.clusters.tolist() == [0] * len(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["good", "good"], "holds texts of class 'good' only: label it with at least two classes"),
+        (["1", "1"], "holds texts of class '1' only"),
+        (["0", "-1"], r"line 3: label '-1' is no class index: .*; label the texts again$"),
+        (
+            ["good", ""],
+            r"line 3: label '' is neither .*: correct the row, or label the texts again",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_trained_on_is_refused(
+    tmp_path: Path, labels: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_source(str(source(tmp_path, labels)), clustered=False)
+
+
+def test_a_source_that_is_not_clustered_says_what_to_run(tmp_path: Path) -> None:
+    path = source(tmp_path, ["0", "1"])
+    message = (
+        "no column 'cluster': it has text, label; run `python -m trainer cluster --data "
+        rf"{path}` first, and pass what it writes$"
+    )
+    with pytest.raises(UserError, match=message):
+        read_source(str(path), clustered=True)
+    path = source(tmp_path, ["0,2", "1,first"], "text,label,cluster")
+    with pytest.raises(UserError, match="line 3: the cluster is no whole number: run `python"):
+        read_source(str(path), clustered=True)
+
+
+def cluster(tmp_path: Path, path: Path) -> Path:
+    out = tmp_path / "out" / "clusters.parquet"
+    run_cluster(ClusterConfig(data=str(path), out=str(out), method="random", k=2))
+    return out
+
+
+def test_the_names_of_classes_go_along_with_the_clusters(tmp_path: Path) -> None:
+    out = cluster(tmp_path, source(tmp_path, ["satisfied", "unsatisfied"] * 20))
+    out.with_suffix(".run.json").unlink()  # the file is enough
+    data = read_source(str(out), clustered=True)
+    assert data.names == ("satisfied", "unsatisfied")
+    assert data.labels.tolist() == [0, 1] * 20
+    assert sorted(set(data.clusters.tolist())) == [0, 1]
+    message = (
+        "called satisfied, unsatisfied, which is no scale that the label words bad, good fit: "
+        r".*, in that order, with --words"
+    )
+    with pytest.raises(UserError, match=message):
+        words_of(data)
+    for run, config in ((run_meta, MetaConfig), (run_pretrain, PretrainConfig)):
+        with pytest.raises(UserError, match=message):
+            run(config(data=str(out), out=str(tmp_path / "prompt"), backbone="none"))
+    assert words_of(data, "good", "bad") == ["good", "bad"]
+
+
+def test_what_label_wrote_is_named_by_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.parquet"
+    texts = [f"text {i}" for i in range(40)]
+    parquet.write_table(arrow.table({"text": texts, "label": [0, 1] * 20}), path)
+    record = {"command": "label", "labels": ["calm", "angry"]}
+    path.with_suffix(".run.json").write_text(json.dumps(record), "utf-8")
+    data = read_source(str(cluster(tmp_path, path)), clustered=True)
+    assert (data.names, data.labels.tolist()) == (("calm", "angry"), [0, 1] * 20)
+    record["command"] = "export"
+    path.with_suffix(".run.json").write_text(json.dumps(record), "utf-8")
+    assert class_names(path) is None
+
+
+def test_a_folder_of_shards_is_named_by_its_record(tmp_path: Path) -> None:
+    table = arrow.table({"text": ["a", "b"], "label": [1, 0], "cluster": [0, 1]})
+    parquet.write_table(table, tmp_path / "part-00000.parquet")
+    assert read_source(str(tmp_path), clustered=True).names == ("0", "1")
+    record = {"command": "cluster", "labels": ["no", "yes"]}
+    (tmp_path / "_run.json").write_text(json.dumps(record), "utf-8")
+    assert read_source(str(tmp_path), clustered=True).names == ("no", "yes")
+
+
+def test_names_that_are_numbers_are_left_to_the_values(tmp_path: Path) -> None:
+    # As names, the ratings "1" and "2" would take the index 1 for themselves.
+    path = tmp_path / "rated.parquet"
+    table = arrow.table({"text": ["a", "b", "c"], "label": [0, 1, 2]})
+    parquet.write_table(table.replace_schema_metadata(class_metadata(["1", "2", "3"])), path)
+    assert class_names(path) is None
+    assert read_source(str(path), clustered=False).labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("negative", "positive"), ["bad", "good"]),
+        (("Negative", "Neutral", "Positive"), ["bad", "okay", "good"]),
+        (("1 star", "2 stars", "3 stars", "4 stars", "5 stars"),
+         ["terrible", "bad", "okay", "good", "great"]),
+        (("1", "2", "3"), ["bad", "okay", "good"]),
+        (("0", "1"), ["bad", "good"]),
+        ((), ["bad", "good"]),
+        (("positive", "negative"), None),  # the lowest class first, or "positive" would be bad
+        (("no", "yes"), None),
+    ],
+)  # fmt: skip
+def test_default_words_need_a_scale(names: tuple[str, ...], words: list[str] | None) -> None:
+    labels = np.arange(len(names) or 2)
+    data = SourceData([], labels, labels, len(labels), names)
+    if words is None:
+        with pytest.raises(UserError, match="--words"):
+            words_of(data)
+    else:
+        assert words_of(data) == words
+
+
+def test_a_scale_orders_its_names() -> None:
+    assert scale_order(["Good", "bad"]) == [1, 0]
+    assert scale_order(["positive", "negative", "neutral"]) == [2, 0, 1]
+    assert scale_order(["1", "2"]) == scale_order(["0", "1"]) == [0, 1]
+    assert scale_order(["1", "0"]) is None
+    assert scale_order(["satisfied", "unsatisfied"]) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "order"),
+    [
+        (["positive", "negative"], ["yes", "no"], [1, 0]),
+        (["satisfied", "unsatisfied"], ["good", "bad"], [1, 0]),
+        (["0", "1"], ["good", "bad"], [1, 0]),
+        (["0", "1"], ["ham", "spam"], [0, 1]),
+        (["ham", "spam"], ["ham", "spam"], None),
+    ],
+)
+def test_classes_are_ordered_by_names_then_words_then_numbers(
+    labels: list[str], words: list[str], order: list[int] | None
+) -> None:
+    assert class_order(labels, words) == order
