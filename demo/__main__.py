@@ -71,7 +71,7 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
-        reason = error.strerror or error
+        reason = str(error.strerror or error).split(" (")[0]  # Python tells the address again
         raise Failure(
             f"cannot listen on {host}:{port} ({reason}): pass another --port, or --host"
         ) from None

@@ -93,5 +93,8 @@ def test_a_port_in_use_is_one_line(bundle: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(Failure, match=r"cannot listen on 127.0.0.1 .*: pass another --port"):
+        said = (
+            rf"cannot listen on 127\.0\.0\.1:{port} \(Address already in use\): pass another --port"
+        )
+        with pytest.raises(Failure, match=said):
             run_demo(DemoConfig(bundle=str(bundle), port=port, threads=1))

@@ -113,7 +113,9 @@ def test_a_set_that_cannot_be_had_says_what_to_do(
 
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r'pip install "metapt\[hub\]", or pass --data FILE'):
+    with pytest.raises(
+        UserError, match=r'pip install "\.\[hub\]" in the checkout, or pass --data FILE'
+    ):
         load_task("yelp5", "train")
 
 

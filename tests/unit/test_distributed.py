@@ -25,7 +25,10 @@ from trainer.tables import iterate_rows
 
 def test_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r'pip install "metapt\[ray\]"'), engine.session("local"):
+    with (
+        pytest.raises(UserError, match=r'pip install "\.\[ray\]" in the checkout'),
+        engine.session("local"),
+    ):
         pass
 
 
