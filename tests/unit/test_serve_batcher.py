@@ -141,18 +141,24 @@ def test_every_batch_holds_the_oldest_text() -> None:
     run(story)
 
 
-def test_texts_of_like_length_share_a_batch() -> None:
+def behind_a_busy_worker(*lengths: int, **settings: Any) -> list[list[int]]:
+    """The lengths in each batch of texts that wait together until the worker is free."""
+
     async def story(batcher: Batcher, fake: FakeClassifier) -> None:
         fake.gate.clear()
         busy = send(batcher, rows(1))
         await settle()
-        mixed = send(batcher, rows(300, 4, 299, 5, 301))
+        waiting = send(batcher, rows(*lengths))
         fake.gate.set()
-        await asyncio.gather(busy, mixed)
-        sizes = [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]]
-        assert sizes == [[299, 300, 301], [4, 5]]
+        await asyncio.gather(busy, waiting)
 
-    run(story, tokens=10_000)
+    batches = run(story, **settings).batches[1:]
+    return [sorted(len(item.ids) for item in batch) for batch in batches]
+
+
+def test_texts_of_like_length_share_a_batch() -> None:
+    batches = behind_a_busy_worker(300, 4, 299, 5, 301, tokens=10_000)
+    assert batches == [[299, 300, 301], [4, 5]]
 
 
 @pytest.mark.parametrize(("cost", "sizes"), [(1, [[10, 10], [12, 12]]), (100, [[10, 10, 12, 12]])])
@@ -161,31 +167,12 @@ def test_padding_is_run_where_a_run_of_its_own_costs_more(
 ) -> None:
     """Two texts of 10 tokens and two of 12, in one run or in two: 48 tokens and one run's cost,
     or 44 tokens and two."""
-
-    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
-        fake.gate.clear()
-        busy = send(batcher, rows(1))
-        await settle()
-        mixed = send(batcher, rows(10, 12, 10, 12))
-        fake.gate.set()
-        await asyncio.gather(busy, mixed)
-        assert [sorted(len(item.ids) for item in batch) for batch in fake.batches[1:]] == sizes
-
-    run(story, run_cost=cost)
+    assert behind_a_busy_worker(10, 12, 10, 12, run_cost=cost) == sizes
 
 
 def test_long_texts_do_not_run_together_when_their_attention_is_too_much() -> None:
-    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
-        fake.gate.clear()
-        busy = send(batcher, rows(1))
-        await settle()
-        mixed = send(batcher, rows(20, 30, 20, 30))
-        fake.gate.set()
-        await asyncio.gather(busy, mixed)
-        found = [[len(item.ids) for item in batch] for batch in fake.batches[1:]]
-        assert found == [[20, 20], [30], [30]]  # 2 x 20 x 20 is within 800, 2 x 30 x 30 is not
-
-    run(story, scores=800)
+    batches = behind_a_busy_worker(20, 30, 20, 30, scores=800)
+    assert batches == [[20, 20], [30], [30]]  # 2 x 20 x 20 is within 800, 2 x 30 x 30 is not
 
 
 def test_the_queue_is_bounded_in_texts() -> None:
