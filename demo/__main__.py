@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from serve.cli import Command, option, run
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig) -> int:
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError('gradio is not installed: pip install ".[demo]" in the checkout') from None
+        raise UserError(f"gradio is not installed: {install('demo')}") from None
     if config.port is not None:
         check_port(config.host, config.port)
     from demo.app import build_page, open_page

@@ -20,7 +20,7 @@ import numpy as np
 from demo.state import Room, check_text
 from demo.words import choose_words
 from serve.bundle import Arrays
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 
 if TYPE_CHECKING:
     from trainer.backbone import Backbone
@@ -193,8 +193,7 @@ def load_backbone(name: str, sha256: str) -> Backbone:
         from trainer.backbone import load_backbone as load
     except ModuleNotFoundError as error:
         raise UserError(
-            f"Teaching needs the trainer ({error.name} is missing): "
-            'pip install ".[trainer]" in the checkout.'
+            f"Teaching needs the trainer ({error.name} is missing): {install('trainer')}."
         ) from None
     backbone = load(name)
     if sha256 and backbone.sha256 != sha256:

@@ -26,7 +26,7 @@ import numpy as np
 
 from serve.classifier import MIB, Classifier
 from serve.engine import CPU, Engine, on_device, physical_cores
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 from serve.files import atomic_folder
 from serve.tokenize import Encoded
 
@@ -132,9 +132,7 @@ def bake(source: Path, target: Path, constants: Mapping[str, np.ndarray]) -> Non
         import onnx
         from onnx import TensorProto, external_data_helper, numpy_helper
     except ModuleNotFoundError:
-        raise UserError(
-            'onnx is not installed: pip install ".[exporter]" in the checkout'
-        ) from None
+        raise UserError(f"onnx is not installed: {install('exporter')}") from None
 
     model = onnx.load(source, load_external_data=False)
     weights = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, ClassVar
 
 from serve.cli import Command, main, option
-from serve.errors import UserError
+from serve.errors import UserError, install
 from serve.options import (
     ClusterConfig,
     ModelConfig,
@@ -122,9 +122,7 @@ def run_http(config: HttpConfig) -> int:
     try:
         from serve.server import serve_forever
     except ModuleNotFoundError as error:
-        raise UserError(
-            f'{error.name} is not installed: pip install ".[http]" in the checkout'
-        ) from None
+        raise UserError(f"{error.name} is not installed: {install('http')}") from None
     from serve.classifier import Classifier
 
     limits = make_limits(config, config.linger)
@@ -138,9 +136,7 @@ def run_cluster(config: ClusterConfig) -> int:
     try:
         from serve.cluster import deploy
     except ModuleNotFoundError as error:
-        raise UserError(
-            f'{error.name} is not installed: pip install ".[http,ray]" in the checkout'
-        ) from None
+        raise UserError(f"{error.name} is not installed: {install('http,ray')}") from None
     return deploy(config)
 
 

@@ -32,7 +32,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.errors import Failure, UserError, explain_os_error
+from serve.errors import Failure, UserError, explain_os_error, install
 from serve.files import read_json
 
 
@@ -270,9 +270,7 @@ def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) ->
         package = (error.name or "").split(".")[0]
         if package in ("", "trainer", "exporter", "serve", "demo"):
             raise
-        sys.stderr.write(
-            f'error: {package} is not installed: pip install ".[all]" in the checkout\n'
-        )
+        sys.stderr.write(f"error: {package} is not installed: {install('all')}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -17,6 +17,11 @@ class Failure(Exception):
     exit_code = 1
 
 
+def install(extra: str) -> str:
+    """What brings an extra that is missing; the project is on no package index."""
+    return f'pip install ".[{extra}]" in the checkout'
+
+
 def explain_os_error(error: OSError) -> str:
     """One line for an operating-system error, with the advice that fits the usual ones."""
     where = error.filename or "the output"

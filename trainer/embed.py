@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 from serve.files import atomic_write, sha256
 from trainer.cache import cache_folder
 
@@ -61,8 +61,7 @@ def load_encoder(source: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(
-            "sentence embeddings need sentence-transformers: "
-            'pip install ".[trainer]" in the checkout'
+            f"sentence embeddings need sentence-transformers: {install('trainer')}"
         ) from None
     from transformers.utils import logging as transformers_logging
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 from trainer.tasks import Hub
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def load(source: Hub, split: str | None, task: str) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError(
             f"task '{task}' comes from the Hugging Face hub, which needs the 'datasets' package: "
-            'pip install ".[hub]" in the checkout, or pass --data FILE or --data-dir FOLDER'
+            f"{install('hub')}, or pass --data FILE or --data-dir FOLDER"
         ) from None
     offline = not _reachable(source)
     cache_only = _offline() if offline else nullcontext()

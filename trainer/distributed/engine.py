@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, install
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def import_ray() -> Any:
         import ray
         import ray.data
     except ImportError:
-        raise UserError('--ray needs Ray: pip install ".[ray]" in the checkout') from None
+        raise UserError(f"--ray needs Ray: {install('ray')}") from None
     return ray
 
 

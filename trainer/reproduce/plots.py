@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import UserError
+from serve.errors import UserError, install
 from serve.files import atomic_write
 from trainer.reproduce.report import X_NAMES, Done, Grid, label_of
 from trainer.reproduce.statistics import summarise
@@ -25,9 +25,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError(
-            'plots need matplotlib: pip install ".[reproduce]" in the checkout'
-        ) from None
+        raise UserError(f"plots need matplotlib: {install('reproduce')}") from None
     matplotlib.use("Agg")
     # SVG ids are drawn at random and the date is written, unless told otherwise: equal runs shall
     # give equal files.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import UserError
+from serve.errors import UserError, install
 from trainer.data import Examples
 from trainer.embed import encoder_source
 from trainer.tasks import Task
@@ -33,7 +33,7 @@ def run_setfit(
         from setfit import SetFitModel, Trainer, TrainingArguments
     except ImportError:
         raise UserError(
-            'the row of SetFit needs its package: pip install ".[setfit]" in the checkout, or '
+            f"the row of SetFit needs its package: {install('setfit')}, or "
             "leave setfit out of --methods"
         ) from None
     from sklearn.metrics import f1_score
