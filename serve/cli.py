@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import types
 import typing
@@ -283,7 +284,13 @@ def main(prog: str, description: str, commands: Commands) -> typing.NoReturn:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "urllib3", "filelock", "sentence_transformers", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Servers have their own handlers. Elsewhere the default would leave half-made files behind.
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(prog, description, commands, sys.argv[1:]))
+
+
+def _end(number: int, _frame: Any) -> typing.NoReturn:
+    raise SystemExit(128 + number)
 
 
 def as_json(config: Any) -> dict[str, Any]:

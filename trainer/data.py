@@ -102,9 +102,11 @@ def load_examples(
     columns = format_columns(text_format)
     wanted = [*columns, label_column]
     rows: list[tuple[str, Row]] = []
+    marked: list[Any] = []
     # The split column is optional, so it is looked for only when a split is asked for.
     for place, row in iterate_rows(path, wanted, keep_all=split is not None):
-        rows.append((place, {name: row.get(name) for name in (*wanted, "split")}))
+        rows.append((place, {name: row.get(name) for name in wanted}))
+        marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
     if not rows:
         raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
     texts = [row_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]
@@ -119,8 +121,11 @@ def load_examples(
     if split is None:
         return examples
     parts = _sentences([row for _, row in rows], columns)
-    marks = [rows[i][1]["split"] for i in kept]
-    return choose_split(examples, marks, split, [parts[i] for i in kept])
+    return choose_split(examples, [marked[i] for i in kept], split, [parts[i] for i in kept])
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 def _sentences(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
@@ -214,7 +219,7 @@ def _marked(mark: Any, source: str) -> str | None:
     """The split that a mark names, None for no mark; UserError for one that is not known."""
     if mark is None or mark != mark:  # NaN is how pandas leaves a gap
         return None
-    name = str(mark).strip().casefold()
+    name = _plain(str(mark))
     if name and name not in _MARKED:
         raise UserError(
             f"{source}: the column 'split' marks a row {mark!r}, but a mark is one of "

@@ -127,12 +127,14 @@ class RunOptions:
     fingerprint: what must be equal for a checkpoint to be continued (the configuration).
     watch: called after each evaluation with (step, metrics); may raise to stop the run.
     quiet: no progress bar.
+    rate_flag: what the learning rate is called where the caller got it, for errors.
     """
 
     checkpoint: Path | None = None
     fingerprint: dict[str, Any] | None = None
     watch: Callable[[int, dict[str, float]], None] | None = None
     quiet: bool = False
+    rate_flag: str = "--rate"
 
 
 DEFAULT_OPTIONS = RunOptions()

@@ -199,9 +199,9 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
     return SourceData(texts, data.labels[rows], data.clusters[rows], data.classes)
 
 
-def _start(config: Any, backbone: Backbone) -> Params:
+def _start(config: Any, backbone: Backbone, flag: str) -> Params:
     params = initial_params(backbone, config.init, config.mode, config.prompt_tokens, config.seed)
-    check_rate(config.rate, config.steps, params)
+    check_rate(config.rate, config.steps, params, flag)
     return params
 
 
@@ -231,7 +231,7 @@ def meta_train(
             "draws: lower --samples, or make fewer clusters"
         )
     scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
-    params = _start(config, backbone)
+    params = _start(config, backbone, options.rate_flag)
     rows, held_rows = (
         Rows(backbone, config.template, part.texts, part.labels, config.max_tokens)
         for part in (train, held)
@@ -333,7 +333,7 @@ def pretrain(
         _subset(data, rows) for rows in hold_out(data, config.validation_share, config.seed)
     )
     scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
-    params = _start(config, backbone)
+    params = _start(config, backbone, options.rate_flag)
     rows = Rows(backbone, config.template, train.texts, train.labels, config.max_tokens)
     most = _EPISODES * config.batch  # as many rows as MetaPT's validation episodes hold
     chosen = np.random.default_rng(config.seed).permutation(len(held.texts))[:most]

@@ -59,10 +59,13 @@ def test_a_cluster_writes_the_rows_of_one_machine_though_a_worker_is_killed(
         texts = [f"about the {topics[i % 3]} of day {number}{'x' * (i % 5)} {i}" for i in range(60)]
         texts[30] = "the soup of a killer"
         texts[40] = f"a rare thing {number}"  # three of them: too few for a task
-        labels = [("poor", "fine")[i % 2] for i in range(60)]
+        labels = [1 - i % 2 for i in range(60)]
         parquet.write_table(
             arrow.table({"text": texts, "label": labels}), folder / f"{number}.parquet"
         )
+    # What `label` says beside its shards: neither the order of the alphabet nor that of the rows.
+    record = {"command": "label", "labels": ["poor", "fine"]}
+    (folder / "_run.json").write_text(json.dumps(record), "utf-8")
     (tmp_path / "encoder").mkdir()
     common: dict[str, Any] = {
         "data": str(folder), "encoder": str(tmp_path / "encoder"), "k": 4, "samples": 2,
@@ -90,7 +93,7 @@ def test_a_cluster_writes_the_rows_of_one_machine_though_a_worker_is_killed(
     assert found == expected
     assert len({cluster for _, _, cluster in found}) == 3
     record = json.loads((out / "_run.json").read_text("utf-8"))
-    assert record["labels"] == ["fine", "poor"]
+    assert record["labels"] == ["poor", "fine"]
     assert sum(record["sizes"]) == 177
     assert "has 3 texts, but a task needs 5: left out" in record["notes"][0]
     assert sorted(path.suffix for path in out.iterdir())[0] == ".json"

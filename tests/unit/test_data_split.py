@@ -31,6 +31,12 @@ def test_splits_follow_their_column(tmp_path: Path) -> None:
     assert parts == {"train": ["a", "d"], "validation": ["b"], "test": ["c"]}
 
 
+def test_the_split_column_is_found_however_it_is_spelt(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", text=list("abc"), **{" Split": ["train", "TEST", "train"]})
+    assert load_examples(path, split="test").texts == ["b"]
+    assert load_examples(path, split="train").texts == ["a", "c"]
+
+
 def test_without_test_rows_the_validation_rows_test(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", text=list("abc"), split=["train", "dev", "train"])
     assert load_examples(path, split="test").texts == ["b"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ import serve_toy as toy
 from serve import cli
 from serve.__main__ import COMMANDS
 from serve.classifier import Classifier
+
+ROOT = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +112,31 @@ def test_help_has_examples(call, command: str, capsys: pytest.CaptureFixture[str
         call(command, "--help")
     assert caught.value.code == 0
     assert f"examples:\n  python -m serve {command} bundle" in capsys.readouterr().out
+
+
+def test_a_command_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = """
+import dataclasses, pathlib, sys, time
+from serve.cli import Command, main
+from serve.files import atomic_folder
+
+@dataclasses.dataclass
+class Config:
+    "Fill a folder."
+
+def fill(config):
+    with atomic_folder(pathlib.Path("made")) as folder:
+        (folder / "part").write_text("half")
+        print("filling", flush=True)
+        time.sleep(60)
+
+main("fill", "", {"fill": Command(Config, fill)})
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", "fill"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "filling\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

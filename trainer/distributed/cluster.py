@@ -33,7 +33,7 @@ from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, first_li
 from trainer.distributed.reading import LabelledTexts, read_files
 from trainer.distributed.shards import Shards, staged, write_run
 from trainer.embed import encoder_source, load_encoder
-from trainer.labels import class_codes, find_labels
+from trainer.labels import class_codes, class_names, find_labels
 from trainer.remote import Source
 from trainer.reservoir import rank
 
@@ -156,7 +156,11 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     if not rows:
         raise UserError(f"--data {config.data} has no rows: pass files with rows")
     check_k(rows, config.k)
-    names = find_labels(values, [f"{config.data}, a row"] * len(values), config.label_column)
+    # What `label` calls its classes, or else what the values are.
+    called = class_names(config.data) if config.label_column == "label" else None
+    names = called or find_labels(
+        values, [f"{config.data}, a row"] * len(values), config.label_column
+    )
     logger.info("%d texts of %d classes in %d files", rows, len(names), len(files))
 
     source = encoder_source(config.encoder)

@@ -17,7 +17,7 @@ from trainer.data import Examples, draw_few_shot, load_task
 from trainer.evaluate import evaluate
 from trainer.finetune import FinetuneConfig, finetune
 from trainer.initial import initial_params
-from trainer.loop import RunOptions, check_rate
+from trainer.loop import RunOptions
 from trainer.prompt import DEFAULT_TEMPLATE, TaskRecord, save_prompt
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
@@ -106,13 +106,11 @@ def run_start(settings: Settings, where: Surroundings) -> None:
         config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings["more"])
     else:
         config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
-    # Here it is another flag's than of `meta` and `pretrain`, which would look at it later.
-    params = initial_params(backbone, config.init, config.mode, config.prompt_tokens, config.seed)
-    check_rate(config.rate, config.steps, params, "--outer-rate" if meta else "--ppt-rate")
     train = meta_train if meta else pretrain
     started = time.monotonic()
     checkpoint = path.with_name(path.name + ".checkpoint")
-    options = RunOptions(checkpoint, settings, quiet=where.quiet)
+    flag = "--outer-rate" if meta else "--ppt-rate"
+    options = RunOptions(checkpoint, settings, quiet=where.quiet, rate_flag=flag)
     loop = train(backbone, data, config, options)
     words = source_words(config, data.classes)
     prompt = source_prompt(loop, config, words, settings["method"])
