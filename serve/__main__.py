@@ -1,4 +1,4 @@
-"""`python -m serve COMMAND`: classify lines, serve over HTTP, describe a bundle."""
+"""`python -m serve COMMAND`: classify lines, serve over HTTP, time and describe a bundle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import BinaryIO, ClassVar
 
 from serve.cli import Command, main, option
 from serve.errors import UserError, install
+from serve.latency import LatencyConfig, run_latency
 from serve.options import (
     ClusterConfig,
     ModelConfig,
@@ -181,6 +182,7 @@ COMMANDS = {
     "classify": Command(ClassifyConfig, run_classify),
     "http": Command(HttpConfig, run_http),
     "cluster": Command(ClusterConfig, run_cluster),
+    "latency": Command(LatencyConfig, run_latency),
     "info": Command(InfoConfig, run_info),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import serve_toy as toy
 
-from serve import cli
+from serve import cli, latency
 from serve.__main__ import COMMANDS
 from serve.classifier import Classifier
 
@@ -106,7 +106,7 @@ def test_info_describes_the_bundle(folder: Path, call) -> None:
     assert value["backbone"]["d_model"] == toy.D
 
 
-@pytest.mark.parametrize("command", ["classify", "http", "info"])
+@pytest.mark.parametrize("command", ["classify", "http", "latency", "info"])
 def test_help_has_examples(call, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         call(command, "--help")
@@ -140,3 +140,50 @@ main("fill", "", {"fill": Command(Config, fill)})
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_are_timed_with_the_texts_in_turn() -> None:
+    now, taken = [0.0], [0.010, 0.030, 0.020, 0.050]
+    calls: list[list[str]] = []
+
+    def answer(texts: list[str]) -> None:
+        calls.append(texts)
+        now[0] += taken[len(calls) % 4]
+
+    times = latency.call_times(answer, ["a", "b", "c"], 2, 0.325, lambda: now[0])
+    assert calls[:4] == [["a", "b"], ["c", "a"], ["b", "c"], ["a", "b"]]
+    assert len(calls) == 12  # the twelfth begins at 0.32, a thirteenth would at 0.33
+    assert times.tolist() == pytest.approx([0.03, 0.02, 0.05, 0.01] * 3)
+    found = latency.summary(times, 2)
+    assert found["p50_ms"] == pytest.approx(20) and found["p95_ms"] == pytest.approx(50)
+    assert found["texts_per_second"] == pytest.approx(24 / 0.33)
+    assert len(latency.call_times(answer, ["a"], 1, 0.0, lambda: now[0])) == 10
+
+
+def test_latency_times_the_users_texts(folder: Path, call, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("good\n\nthe film was bad\n", "utf-8")
+    common = ["latency", folder, "--task", "food", "--texts", texts, "--seconds", 0.05]
+    found = json.loads(call(*common, "--sizes", 1, 3, "--json").out)
+    classifier = Classifier(folder, threads=1)
+    task = classifier.task("food")
+    rows = classifier.encoder.encode(["good", "the film was bad"], [task, task])
+    assert found["tokens"] == [len(row.ids) for row in rows]
+    assert [row["texts"] for row in found["sizes"]] == [1, 3]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in found["sizes"])
+    table = call(*common).out
+    assert "2 texts of" in table and len(table.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is no file"), (b"caf\xe9", "is not UTF-8 (byte 4)"), (b" \n\n", "is empty")],
+)
+def test_latency_refuses_files_without_texts(
+    folder: Path, call, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    texts = tmp_path / "texts.txt"
+    if content is not None:
+        texts.write_bytes(content)
+    outcome = call("latency", folder, "--texts", texts)
+    assert outcome.code == 2 and message in outcome.err
