@@ -36,6 +36,9 @@ def test_held_out_ignores_case_and_marks() -> None:
 def test_held_out_sentences_of_documents() -> None:
     held = HeldOut([REVIEW])
     assert "The soup was cold and thin!" in held
+    # Joined to another, a sentence is still itself.
+    assert "Nobody came. The soup was COLD and thin!" in held
+    assert "Nobody came. The soup was warm." not in held
 
 
 def test_labelled_rows_leave_held_out_sentences_out(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ class HeldOut:
         return cls(rows())
 
     def __contains__(self, text: str) -> bool:
-        return normalise(text) in self.keys
+        """Whether a text, or one of its sentences, is held out."""
+        return any(normalise(part) in self.keys for part in (text, *sentences(text)))
 
 
 def pick(document: str, rng: np.random.Generator, middle: int, low: int = 3, high: int = 45
