@@ -30,14 +30,15 @@ from sklearn.linear_model import LogisticRegression
 
 from serve.cli import Command, main, option
 from trainer.backbone import Backbone, load_backbone
+from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples, draw_few_shot, load_task
-from trainer.finetune import FinetuneConfig, finetune
+from trainer.finetune import finetune
 from trainer.loop import RunOptions
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, document_labels
 from trainer.rows import Rows, Scorer
 from trainer.tasks import Task, get_task, make_task
-from trainer.tune import TuneConfig, tune
+from trainer.tune import tune
 
 log = logging.getLogger(__name__)
 

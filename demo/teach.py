@@ -282,8 +282,9 @@ def _study_one(
     cancel: threading.Event,
     lessons: Lessons,
 ) -> Iterator[Step | None]:
+    from trainer.configs import TuneConfig
     from trainer.loop import RunOptions
-    from trainer.tune import TuneConfig, tune
+    from trainer.tune import tune
 
     config = TuneConfig(
         out="", mode=room.classifier.bundle.mode, name=task.name, max_tokens=MAX_TOKENS,

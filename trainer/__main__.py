@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from serve.cli import Command, main
 
-# command -> (module, configuration, function, one line); only the module that is asked for is
-# imported, since torch alone takes seconds.
+# command -> (module of the configuration, its name, module of the function, its name, one line).
+# Only what is asked for is imported, the function's module, which may take torch's seconds, after
+# the flags were found right.
 _TABLE = {
-    "quickstart": ("quickstart", "QuickstartConfig", "run_quickstart", "the whole path, small"),
-    "label": ("label", "LabelConfig", "run_label", "pseudo-label open text (paper, 4.1)"),
-    "cluster": ("cluster", "ClusterConfig", "run_cluster", "group texts into tasks (4.2)"),
-    "meta": ("source", "MetaConfig", "run_meta", "MetaPT: meta-train a prompt (4.3)"),
-    "pretrain": ("source", "PretrainConfig", "run_pretrain", "PPT: pre-train a prompt (A.2)"),
-    "tune": ("tune", "TuneConfig", "run_tune", "tune a prompt on a task (A.4)"),
-    "finetune": ("finetune", "FinetuneConfig", "run_finetune", "full tuning, the baseline (A.1)"),
-    "evaluate": ("evaluate", "EvaluateConfig", "run_evaluate", "accuracy, F1, calibration"),
-    "tasks": ("listing", "TasksConfig", "run_tasks", "list the registered tasks"),
-    "reproduce": ("reproduce.command", "ReproduceConfig", "run_reproduce", "the paper, again"),
-    "backbone": ("pretraining.command", "BackboneConfig", "run_backbone", "train a compact T5"),
-}
+    "quickstart": ("quickstart", "QuickstartConfig", "quickstart", "run_quickstart",
+                   "the whole path, small"),
+    "label": ("label", "LabelConfig", "label", "run_label", "pseudo-label open text (paper, 4.1)"),
+    "cluster": ("cluster", "ClusterConfig", "cluster", "run_cluster",
+                "group texts into tasks (4.2)"),
+    "meta": ("configs", "MetaConfig", "source", "run_meta", "MetaPT: meta-train a prompt (4.3)"),
+    "pretrain": ("configs", "PretrainConfig", "source", "run_pretrain",
+                 "PPT: pre-train a prompt (A.2)"),
+    "tune": ("configs", "TuneConfig", "tune", "run_tune", "tune a prompt on a task (A.4)"),
+    "finetune": ("configs", "FinetuneConfig", "finetune", "run_finetune",
+                 "full tuning, the baseline (A.1)"),
+    "evaluate": ("configs", "EvaluateConfig", "evaluate", "run_evaluate",
+                 "accuracy, F1, calibration"),
+    "tasks": ("listing", "TasksConfig", "listing", "run_tasks", "list the registered tasks"),
+    "reproduce": ("reproduce.config", "ReproduceConfig", "reproduce.command", "run_reproduce",
+                  "the paper, again"),
+    "backbone": ("pretraining.config", "BackboneConfig", "pretraining.command", "run_backbone",
+                 "train a compact T5"),
+}  # fmt: skip
 
 
 def _placeholder(line: str) -> type:
@@ -32,18 +42,25 @@ def _placeholder(line: str) -> type:
 def commands(argv: list[str]) -> dict[str, Command]:
     asked = argv[0] if argv else ""
     found = {}
-    for name, (module, config, function, line) in _TABLE.items():
+    for name, (module, config, runs, function, line) in _TABLE.items():
         if name == asked:
-            loaded = importlib.import_module(f"trainer.{module}")
-            found[name] = Command(getattr(loaded, config), getattr(loaded, function))
+            kind = getattr(importlib.import_module(f"trainer.{module}"), config)
+            found[name] = Command(kind, _late(f"trainer.{runs}", function))
         else:
             found[name] = Command(_placeholder(line), lambda _: None)
     return found
+
+
+def _late(module: str, function: str) -> Callable[[Any], int | None]:
+    def run(config: Any) -> int | None:
+        return getattr(importlib.import_module(module), function)(config)
+
+    return run
 
 
 if __name__ == "__main__":
     main(
         "python -m trainer",
         "Train soft prompts: MetaPT, its baselines, and the compact backbone.",
-        commands,  # it imports torch: inside, a missing one or Ctrl-C is one line
+        commands,  # it imports: inside, a missing package or Ctrl-C is one line
     )

@@ -5,59 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from serve.cli import option
 from serve.errors import UserError
 from serve.files import write_json
 from trainer.backbone import Backbone, load_backbone
+from trainer.configs import EvaluateConfig
 from trainer.data import Examples
 from trainer.figures import as_table, figures
 from trainer.labels import class_order
 from trainer.modes import Params
-from trainer.options import TaskOptions, pick_device
+from trainer.options import pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
 from trainer.tasks import Task, get_task, task_names
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig(TaskOptions):
-    """Accuracy, macro-F1, confusion matrix and calibration error of a prompt on a data set.
-
-    Prints a table, and with --json FILE (or - for standard output) the figures as JSON.
-    """
-
-    prompt: str = option(help="a prompt folder, or a fully tuned model's", positional=True)
-    backbone: str | None = option(None, help="the T5 (default: the one the prompt names)")
-    split: str = option(
-        "test", help="rows to evaluate on (a set without test rows: its validation rows, or the "
-        "rows of a fifth of its sentences, chosen by hash, which tuning never draws); `all` for "
-        "every row of a file",
-        choices=("train", "validation", "test", "all"),
-    )  # fmt: skip
-    limit: int = option(0, help="at most this many rows, drawn by seed 0 (0: all)", minimum=0)
-    json: str | None = option(None, help="write the figures as JSON here", metavar="FILE")
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1 ...")
-    labels: list[str] = option(
-        [], help="names of the classes, in the order of their numbers; with --data only for a "
-        "prompt without a task.json, which otherwise decides",
-    )  # fmt: skip
-    words: list[str] = option([], help="label word of each class, for a prompt without a task.json")
-    template: str | None = option(
-        None, help="what the model reads, with {text} and <extra_id_0>, for a prompt without a "
-        "task.json",
-    )  # fmt: skip
-
-    examples = ["runs/sst2 --task sst2", "runs/mine --data reviews.csv --split all --json -"]
 
 
 def evaluate(

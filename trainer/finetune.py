@@ -5,45 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from serve.cli import option
 from serve.files import atomic_folder
 from trainer.backbone import Backbone
+from trainer.configs import FinetuneConfig
 from trainer.data import Examples
 from trainer.figures import figures, fit_temperature
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule
-from trainer.options import BackboneOptions, TaskOptions, checkpoint_folder, result_folder
+from trainer.options import checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import TaskRecord
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
 from trainer.tensors import digest
-from trainer.tune import Sampling, draw, epoch_stream, prompt_gradient
+from trainer.tune import draw, epoch_stream, prompt_gradient
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class FinetuneConfig(BackboneOptions, TaskOptions, Sampling):
-    """Full tuning of the backbone on a task, without a prompt (appendix A.1).
-
-    Writes a Hugging Face model folder with `task.json` in it; `evaluate FOLDER` reads it.
-    """
-
-    out: str = option(help="folder of the tuned model")
-    rate: float = option(3e-4, help="AdamW's learning rate", minimum=0)
-    warmup: int = option(20, help="steps of linear warm-up", minimum=0)
-    batch: int = option(4, help="samples a batch", minimum=1)
-    accumulation: int = option(8, help="batches a step; they run as one product", minimum=1)
-    epochs: int = option(200, help="epochs at most", minimum=1)
-    patience: int = option(6, help="epochs without a better accuracy or loss", minimum=1)
-
-    examples = ["--task sst2 --out runs/sst2-full"]
 
 
 def finetune(

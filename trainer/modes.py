@@ -19,12 +19,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from serve.bundle import MODES
 from serve.errors import UserError
 from trainer.t5 import FrozenT5, Segment
 
 Params = dict[str, Tensor]
 _HEADS = -3  # the axis of `kv` that tensor parallelism divides
-MODES = ("full", "prefix", "deep")
 
 
 def steer_full(t5: FrozenT5, params: Params, text: Tensor, mask: Tensor) -> list[Segment]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
-from trainer.backbone import Backbone, load_backbone
 from trainer.data import Examples, load_task
-from trainer.modes import MODES
-from trainer.parallel import workers
 from trainer.runs import RUN_FILE
 from trainer.tasks import Task, get_task, task_from_file
+
+if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
+    import torch
+
+    from trainer.backbone import Backbone
 
 
 @dataclass(kw_only=True)
@@ -34,6 +36,9 @@ class BackboneOptions:
         Raises:
             UserError: it is to be trained, but divided over the processes.
         """
+        from trainer.backbone import load_backbone
+        from trainer.parallel import workers
+
         if trainable:
             workers().check_whole("full tuning")
         return load_backbone(
@@ -115,6 +120,10 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
+    import torch
+
+    from trainer.parallel import workers
+
     if name == "auto":
         if (given := workers().device) is not None:
             return given

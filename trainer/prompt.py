@@ -23,10 +23,10 @@ from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
+from trainer.tasks import DEFAULT_TEMPLATE
 from trainer.tensors import read_tensors, write_tensors
 
 FORMAT = 1
-DEFAULT_TEMPLATE = "{text} It was <extra_id_0>."
 WEIGHTS = "adapter_model.safetensors"
 
 

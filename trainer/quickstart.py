@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from serve.cli import as_json, option
 from serve.files import atomic_write, write_json
 from trainer.data import Examples, load_task, normalise
 from trainer.options import output_folder, pick_device
-from trainer.prompt import Prompt
 from trainer.runs import RUN_FILE, versions, write_record
+
+if TYPE_CHECKING:
+    from trainer.prompt import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +151,10 @@ def write_source(files: Files, config: SourceConfig) -> None:
 
 def _train(config: QuickstartConfig, files: Files) -> None:
     from trainer.cluster import ClusterConfig, run_cluster
+    from trainer.configs import MetaConfig, TuneConfig
     from trainer.label import LabelConfig, run_label
-    from trainer.source import MetaConfig, run_meta
-    from trainer.tune import TuneConfig, run_tune
+    from trainer.source import run_meta
+    from trainer.tune import run_tune
 
     source = SourceConfig(str(files.text), config.seed)
     if not (files.rated.is_file() and _fresh(files.text, source)):

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve.cli import option
 from serve.errors import UserError
 from trainer.backbone import Backbone
+from trainer.configs import MetaConfig, PretrainConfig
 from trainer.initial import initial_params
 from trainer.labels import as_index, class_codes, class_names, find_labels, scale_order
-from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, Score, check_rate
+from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Score, check_rate
 from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
 from trainer.modes import Params, add_group
-from trainer.options import PromptOptions, checkpoint_folder, result_folder
+from trainer.options import checkpoint_folder, result_folder
 from trainer.parallel import workers
-from trainer.prompt import DEFAULT_TEMPLATE, Prompt, TaskRecord, save_prompt
+from trainer.prompt import Prompt, TaskRecord, save_prompt
 from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
@@ -34,83 +34,7 @@ from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_s
 log = logging.getLogger(__name__)
 
 _WORDS = {2: TWO_WORDS, 3: THREE_WORDS, 5: FIVE_WORDS}
-# The objective decides which prompt is kept, equation 2's for MetaPT: accuracy on a few hundred
-# pseudo-labelled rows is coarse, and one lucky evaluation, of the untrained start even, would win.
-BEST_BY = "loss"
 _EPISODES = 8  # validation episodes a cluster: enough to see a point's difference, quick to run
-
-
-@dataclass(kw_only=True)
-class SourceOptions(PromptOptions):
-    """What `meta` and `pretrain` share."""
-
-    data: str = option(help="the Parquet file that `cluster` wrote", metavar="FILE")
-    out: str = option(help="folder of the prompt")
-    init: str = option("vocab", help="random, vocab, shipped:NAME, or a prompt folder")
-    words: list[str] = option(
-        [], help="label word of each class (default for numbers and sentiment scales: bad good ...)"
-    )
-    template: str = option(DEFAULT_TEMPLATE, help="what the model reads")
-    steps: int = option(20_000, help="outer steps at most (A.3)", minimum=1)
-    evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
-    patience: int = option(6, help="evaluations without a better loss or accuracy (A.3)", minimum=1)
-    validation_share: float = option(
-        0.1, help="share of each cluster's rows held out for evaluation", minimum=0.01, maximum=0.5
-    )
-    rate: float = option(0.025, help="AdamW's learning rate", minimum=0)
-    decay: bool = option(False, help="let the rate fall linearly to zero at the last step")
-    clip: float = option(0.0, help="largest norm of a step's gradient (0: any)", minimum=0)
-
-    def schedule(self) -> Schedule:
-        """Steps, rate and patience as the loop takes them."""
-        return Schedule(
-            steps=self.steps, rate=self.rate, decay=self.decay, clip=self.clip or None,
-            evaluate_every=self.evaluate_every, patience=self.patience, best_by=BEST_BY,
-        )  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class MetaConfig(SourceOptions):
-    """MetaPT: meta-train a prompt over clusters of texts (section 4.3).
-
-    Exact second-order MAML. The prompt of the lowest loss on held-out rows, after adaptation, is
-    kept.
-    """
-
-    inner_rate: float = option(
-        0.08, minimum=0,
-        help="alpha, plain gradient descent (A.3; the paper's models). 0: the one that lowers the "
-        "query loss most at the start, by search",
-    )  # fmt: skip
-    rate: float = option(0.025, help="beta, AdamW (A.3)", minimum=0)
-    samples: int = option(4, help="M, support rows a task, and as many query rows", minimum=1)
-    inner_steps: int = option(1, help="inner steps (equation 1) a task", minimum=1)
-    order: str = option("second", help="second is exact MAML", choices=("second", "first"))
-    balanced: bool = option(False, help="draw the classes of support and query evenly")
-    learn_rates: bool = option(
-        False, help="learn an inner rate for each prompt token (Meta-SGD, Li et al. 2017)"
-    )
-    first_order_steps: int = option(
-        0, help="steps before the second order begins (MAML++, Antoniou et al. 2019)", minimum=0
-    )
-    each_step: int = option(0, help="clusters drawn for a step (0: all of them)", minimum=0)
-    held_clusters: int = option(
-        0, help="clusters that are not trained on but evaluated on, for early stopping", minimum=0
-    )
-
-    examples = [
-        "--data runs/clusters.parquet --out runs/metapt",
-        "--data runs/clusters.parquet --out runs/fomaml --order first --steps 2000",
-    ]
-
-
-@dataclass(kw_only=True)
-class PretrainConfig(SourceOptions):
-    """PPT: pre-train a prompt on the source data without clusters (A.2)."""
-
-    batch: int = option(80, help="rows a step; as many as MetaPT's ten tasks of 4 + 4", minimum=1)
-
-    examples = ["--data runs/clusters.parquet --out runs/ppt"]
 
 
 @dataclass

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve.cli import option
 from trainer.backbone import Backbone
+from trainer.configs import TuneConfig
 from trainer.data import Examples, draw_few_shot
 from trainer.figures import figures, fit_temperature
 from trainer.initial import initial_params
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, check_rate
 from trainer.modes import Params, add_group
-from trainer.options import PromptOptions, TaskOptions, checkpoint_folder, result_folder
+from trainer.options import checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import Prompt, TaskRecord, save_prompt
 from trainer.rows import Rows, Scorer
@@ -27,43 +27,6 @@ from trainer.tasks import Task
 from trainer.tensors import digest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class Sampling:
-    """How few samples there are."""
-
-    train: int = option(40, help="training samples drawn by the seed (A.4)", minimum=1)
-    validation: int = option(40, help="validation samples drawn by the seed (A.4)", minimum=1)
-    balanced: bool = option(False, help="draw the same number of each class")
-
-
-@dataclass(kw_only=True)
-class TuneConfig(PromptOptions, TaskOptions, Sampling):
-    """Tune a soft prompt on a task, the backbone frozen (appendix A.4).
-
-    Draws the training and validation samples by the seed, starts from --init, keeps the prompt
-    that is best on the validation samples, and writes it as a PEFT adapter folder.
-    """
-
-    out: str = option(help="folder of the prompt")
-    init: str = option(
-        "vocab", help="random, vocab, shipped:NAME (such as shipped:polarity:bad,good), or a "
-        "prompt folder (MetaPT's, PPT's ...)",
-    )  # fmt: skip
-    name: str | None = option(None, help="name of the prompt's task (default: the task's)")
-    rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0)
-    warmup: int = option(20, help="steps of linear warm-up (A.4)", minimum=0)
-    batch: int = option(4, help="samples a batch (A.4)", minimum=1)
-    accumulation: int = option(8, help="batches a step (A.4); they run as one product", minimum=1)
-    epochs: int = option(200, help="epochs at most (A.4)", minimum=1)
-    patience: int = option(6, help="epochs without a better accuracy or loss (A.4)", minimum=1)
-    weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
-
-    examples = [
-        "--task sst2 --init runs/metapt --out runs/sst2",
-        "--data reviews.csv --text-column review --label-column stars --labels bad good --out p",
-    ]
 
 
 @dataclass

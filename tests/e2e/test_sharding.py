@@ -13,7 +13,7 @@ from transformers import T5ForConditionalGeneration
 
 from serve.errors import UserError
 from trainer import options
-from trainer.finetune import FinetuneConfig
+from trainer.configs import FinetuneConfig
 from trainer.parallel import Workers
 from trainer.sharding import Shards, divide
 

@@ -16,8 +16,9 @@ from serve.cli import run as run_command
 from serve.errors import UserError
 from trainer import evaluate as command
 from trainer.__main__ import commands
+from trainer.configs import EvaluateConfig
 from trainer.data import Examples
-from trainer.evaluate import EvaluateConfig, run_evaluate
+from trainer.evaluate import run_evaluate
 from trainer.prompt import Prompt, TaskRecord
 from trainer.tasks import get_task
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +67,13 @@ def test_too_few_rows_say_where_the_others_are_and_which_flags_to_pass() -> None
         "for testing), but 40 + 40 are to be drawn: pass --train and --validation that add up to "
         "35 at most"
     )
+
+
+def test_flags_are_known_without_torch() -> None:
+    code = (
+        "import sys; from trainer import __main__ as m\n"
+        "for name in m.commands([]): m.commands([name])[name].config\n"
+        "print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

@@ -12,12 +12,13 @@ import torch
 
 from serve.errors import UserError
 from trainer.backbone import Backbone, load_backbone
+from trainer.configs import MetaConfig, PretrainConfig
 from trainer.loop import Loop, RunOptions, Score
 from trainer.meta import TaskSampler, adapt, outer_gradient
 from trainer.modes import Params, add_group
 from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
-from trainer.source import MetaConfig, PretrainConfig, SourceData, meta_train, pretrain
+from trainer.source import SourceData, meta_train, pretrain
 from trainer.t5 import Packing
 from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_size
 

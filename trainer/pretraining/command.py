@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import T5ForConditionalGeneration
 
-from serve.cli import as_json, option
+from serve.cli import as_json
 from serve.errors import UserError
 from serve.files import write_json
 from trainer.parallel import workers as processes
+from trainer.pretraining.config import BackboneConfig
 from trainer.pretraining.convert import convert
 from trainer.pretraining.evaluate import Probe, read_probes, track
 from trainer.pretraining.losses import Auxiliary
@@ -41,54 +42,8 @@ from trainer.pretraining.wordings import label_words
 from trainer.t5 import FrozenT5
 
 logger = logging.getLogger(__name__)
-RECIPE = Path(__file__).with_name("recipe.toml")
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
 SHIPPED = 20  # of which so many are shipped as starting points
-
-
-@dataclass
-class BackboneConfig:
-    """Pre-train a compact T5 that obeys soft prompts.
-
-    Three steps, each skipped when its result is there: tokenised shards are written to --shards,
-    a model is made (converted from --teacher, or fresh), and trained with checkpoints in --out's
-    sibling folder `OUT.run` until --steps or --minutes are used up.
-    """
-
-    out: str = option(help="folder of the finished model")
-    data_dir: str = option("data", help="folder that the recipe's file names are relative to")
-    labelled: str = option(
-        str(RECIPE), help="recipe file: labelled sets, plain text, held-out sets"
-    )
-    text: list[str] = option([], help="further plain text: .parquet (column `text`) or .txt files")
-    shards: str = option("shards", help="folder of the tokenised shards")
-    teacher: str = option("none", help="folder of a BERT sentence encoder to start from, or `none`")
-    prepare: bool = option(False, help="write the shards and stop")
-    resume: bool = option(False, help="go on from the last checkpoint of the same --out")
-    steps: int = option(0, help="length of the run in batches; 0: by --minutes", minimum=0)
-    minutes: float = option(80.0, help="length of the run in minutes of training", minimum=0.0)
-    vocab_size: int = option(17000, help="pieces, special tokens and sentinels included",
-                             minimum=400, maximum=65000)  # fmt: skip
-    width: int = option(384, help="d_model; that of the teacher where there is one", minimum=8)
-    layers: int = option(6, help="encoder layers", minimum=1)
-    decoder_layers: int = option(1, help="decoder layers; two positions need few", minimum=1)
-    heads: int = option(12, help="attention heads", minimum=1)
-    feed_forward: int = option(1536, help="d_ff", minimum=8)
-    batch_tokens: int = option(1300, help="text tokens in a worker's batch", minimum=64)
-    rate: float = option(2e-4, help="AdamW's peak rate for encoder and embeddings; 1e-3 if fresh",
-                         minimum=0.0)  # fmt: skip
-    seed: int = option(1, help="of initialisation and data order")
-    workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
-                          "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
-    checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)
-    probes: list[str] = option([], help="held-out sets (file names without .parquet in --data-dir) "
-                               "whose accuracy is logged every ten minutes")  # fmt: skip
-    card: str = option("", help="README.md to put into the folder")
-
-    examples = [
-        "--data-dir data --shards shards --teacher minilm --prepare --out mini",
-        "--shards shards --teacher minilm --minutes 80 --out mini",
-    ]
 
 
 def run_backbone(config: BackboneConfig) -> None:

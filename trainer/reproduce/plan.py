@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import UserError
+from trainer.configs import BEST_BY
 from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
-from trainer.source import BEST_BY
 from trainer.tasks import PAPER_TASKS, get_task
 
 ROW_NAMES = {

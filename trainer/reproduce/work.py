@@ -13,25 +13,24 @@ from typing import Any
 import torch
 
 from trainer.backbone import Backbone, load_backbone
+from trainer.configs import FinetuneConfig, MetaConfig, PretrainConfig, TuneConfig
 from trainer.data import Examples, draw_few_shot, load_task
 from trainer.evaluate import evaluate
-from trainer.finetune import FinetuneConfig, finetune
+from trainer.finetune import finetune
 from trainer.initial import initial_params
 from trainer.loop import RunOptions
-from trainer.prompt import DEFAULT_TEMPLATE, TaskRecord, save_prompt
+from trainer.prompt import TaskRecord, save_prompt
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
 from trainer.runs import METRICS_FILE, RUN_FILE, versions
 from trainer.source import (
-    MetaConfig,
-    PretrainConfig,
     meta_train,
     pretrain,
     source_prompt,
     source_words,
 )  # fmt: skip
-from trainer.tasks import Task, get_task
-from trainer.tune import TuneConfig, tune
+from trainer.tasks import DEFAULT_TEMPLATE, Task, get_task
+from trainer.tune import tune
 
 log = logging.getLogger(__name__)
 
