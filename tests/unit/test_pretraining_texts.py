@@ -61,10 +61,29 @@ def test_labelled_rows_leave_held_out_sentences_out(tmp_path: Path) -> None:
 
 
 def test_pick_keeps_the_edges() -> None:
-    texts = [text for text, edge in pick(REVIEW, np.random.default_rng(0), middle=0) if edge]
-    assert len(texts) == 3
-    assert texts[0].startswith("I went there")
-    assert texts[-1] == "We will never, ever come back again."
+    for seed in range(20):
+        texts = [text for text, edge in pick(REVIEW, np.random.default_rng(seed), middle=0) if edge]
+        assert len(texts) == 3
+        assert texts[0].startswith("I went there")
+        assert texts[-1].endswith("We will never, ever come back again.")
+
+
+def test_pick_joins_neighbours_half_of_the_time() -> None:
+    long = " ".join(f"Sentence number {i} has just six words." for i in range(30))
+    parts = sentences(long)
+    alone = joined = 0
+    for seed in range(100):
+        for text, edge in pick(long, np.random.default_rng(seed), middle=2):
+            found = sentences(text)
+            start = parts.index(found[0])
+            assert found == parts[start : start + len(found)]  # neighbours, in their order
+            if len(found) == 1:
+                assert edge == (start in (0, 28, 29))
+            assert text.count(" ") < 41  # as many whole ones as the room takes, 20 to 41 words
+            alone += len(found) == 1
+            joined += len(found) > 1
+            assert len(found) in (1, 2, 3, 4, 5)
+    assert 0.4 < joined / (alone + joined) < 0.6
 
 
 def test_only_edges_and_agreeing_sentences_inherit_a_label(tmp_path: Path) -> None:
@@ -89,7 +108,9 @@ def test_only_edges_and_agreeing_sentences_inherit_a_label(tmp_path: Path) -> No
     pool = labelled_pool(entry, tokenizer, HeldOut([]), cast(BagOfWords, checker), seed=0)
     middles = np.array([pool.text(i)[0] == vocabulary["Alpha"] for i in range(len(pool))])
     stars, polarity = pool.columns["star"], pool.columns["polarity"]
-    # Edges keep what the review says; of the middles only those of the glad review do.
-    assert set(stars[~middles].tolist()) >= {0, 1, 4}
+    # Of a sad review nothing is kept that sounds glad, of a glad one everything. A review without
+    # a verdict keeps its star at the edges only.
+    assert set(stars[~middles].tolist()) == {-1, 1, 4}
+    assert set(polarity[~middles].tolist()) == {-1, 1}
     assert set(stars[middles].tolist()) == {-1, 4}
     assert set(polarity[middles].tolist()) == {-1, 1}
