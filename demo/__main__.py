@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
 import sys
 from dataclasses import dataclass
 
-from serve.cli import Command, option, run
+from serve.cli import Command, option, prepare, run
 from serve.errors import Failure, UserError, install
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,11 @@ def run_demo(config: DemoConfig) -> int:
     auth = parse_auth(config.auth or os.environ.get("METAPT_DEMO_AUTH", ""))
     from demo.bundles import find_bundle
 
-    bundle = find_bundle(config.bundle)
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(f"gradio is not installed: {install('demo')}") from None
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(f"gradio is not installed: {install('demo')}")
     if config.port is not None:
         check_port(config.host, config.port)
+    bundle = find_bundle(config.bundle)  # it may be made while the page's libraries load
     from demo.app import build_page, open_page
     from demo.state import Limits, Room
     from serve.classifier import Classifier
@@ -114,10 +113,7 @@ def run_demo(config: DemoConfig) -> int:
 
 def main() -> int:
     """The command line; there is one command, so it is not named."""
-    level = os.environ.get("METAPT_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "filelock", "transformers", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    prepare()
     commands = {"demo": Command(DemoConfig, run_demo)}
     return run("python -m", "Open the demo.", commands, ["demo", *sys.argv[1:]])
 

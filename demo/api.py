@@ -1,6 +1,6 @@
-"""What a client calls: `gradio_client.Client(url).predict("Great!", "film", api_name="/classify")`.
+"""What a client calls.
 
-A client has a session like a browser tab has, and sees the tasks that it taught itself.
+gradio_client.Client(url).predict("Great!", "film", api_name="/classify")
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(room: Room) -> None:
         return {**_plain(found.result), "words": words, "milliseconds": found.milliseconds}
 
     def compare(text: str, request: gr.Request) -> dict[str, Any]:
-        """The text under every prompt of every task of this session, in one batch."""
+        """The text under every prompt of every task of this session."""
         with _in_words():
             found = comparing.compare(room, session_of(request), text)
         answers = {

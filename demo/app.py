@@ -25,7 +25,7 @@ _TABS = ("classify", "why", "compare", "many", "teach", "bonnet")
 
 def build_page(room: Room) -> gr.Blocks:
     """The page over a room. Nothing is launched."""
-    # Files made for downloads go after an hour.
+    # Copies of files made for downloads go after an hour; whoever made one removes it.
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# One backbone, a prompt for each task")
         gr.Markdown(_LEAD, elem_classes="lead")

@@ -76,6 +76,7 @@ def find_bundle(named: str | None) -> Callable[[], Path]:
             code = process.wait()
         except BaseException:  # interrupted: the other process must not go on alone
             process.terminate()
+            process.wait()
             raise
         if code != 0:
             raise Failure(

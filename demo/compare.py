@@ -1,4 +1,4 @@
-"""One text under every task and every prompt at hand, as one batch of mixed tasks."""
+"""One text under every task and every prompt at hand, in batches of mixed tasks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers by task and kind of prompt, and the time of the batch."""
+    """Answers by task and kind of prompt, the time for them, and how many batches they were."""
 
     answers: dict[str, dict[str, Result]]
     milliseconds: float
+    batches: int
 
     def labels(self) -> dict[str, str]:
         """`task/kind` -> label, to see later which changed."""
@@ -56,7 +57,7 @@ def compare(room: Room, session: str, text: str) -> Comparison:
     answers: dict[str, dict[str, Result]] = {name: {} for name in names}
     for (name, kind, _), result in zip(cells, found.results, strict=True):
         answers[name][kind] = result
-    return Comparison(answers, found.milliseconds)
+    return Comparison(answers, found.milliseconds, found.batches)
 
 
 def table(found: Comparison, before: dict[str, str]) -> str:

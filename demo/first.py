@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.export import export_bundle
-from serve.cli import Command, option, run
+from serve.cli import Command, option, prepare, run
 from serve.errors import Failure
 from serve.files import atomic_folder
 from trainer.backbone import Backbone, load_backbone
@@ -107,6 +107,6 @@ def make(config: FirstConfig) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="  %(message)s", stream=sys.stderr)
+    prepare("  %(message)s")  # below what the page says
     command = {"demo.first": Command(FirstConfig, make)}
     sys.exit(run("python -m", "Make the first bundle.", command, ["demo.first", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import gradio as gr
@@ -39,6 +40,10 @@ def say(error: Exception | str | None) -> dict[str, Any]:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    for mark in "\\`*_{}[]<>#|~$":
-        text = text.replace(mark, "&#" + str(ord(mark)) + ";")
-    return text
+    return re.sub(r"[\\`*_{}\[\]<>#|~$&]", lambda mark: f"&#{ord(mark[0])};", text)
+
+
+def cut_note(room: Room, session: str, name: str) -> str:
+    """What stands beside the answer to a text that was cut."""
+    read = room.classifier.encoder.room(room.task(session, name))
+    return f"Of this text the first {read} tokens were read; the rest was left out."

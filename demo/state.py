@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from serve.bundle import Arrays
 from serve.classifier import Classifier, Result
+from serve.classifier import check_text as check_encodable
 from serve.errors import UserError
 from serve.task import Task
 
@@ -49,10 +50,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """Results and the time the server took for them."""
+    """Results, the time the server took for them, and the batches that they ran in."""
 
     results: list[Result]
     milliseconds: float
+    batches: int
 
 
 @dataclass
@@ -160,9 +162,23 @@ class Room:
 
     def classify_keys(self, texts: Sequence[str], keys: str | Sequence[str]) -> Answer:
         """As `classify`, by the classifier's own task names."""
+        names = [keys] * len(texts) if isinstance(keys, str) else keys
+        tasks = {name: self.classifier.task(name) for name in dict.fromkeys(names)}
+        return self.answer(texts, [tasks[name] for name in names])
+
+    def answer(self, texts: Sequence[str], tasks: Sequence[Task]) -> Answer:
+        """As `classify`, by the tasks themselves, one for each text.
+
+        Raises:
+            UserError: something is not text.
+        """
+        for position, text in enumerate(texts):
+            check_encodable(text, f"text {position}")
+        classifier = self.classifier
         started = time.perf_counter()
-        results = self.classifier.classify(texts, keys)
-        return Answer(results, 1000 * (time.perf_counter() - started))
+        rows = classifier.encoder.encode(texts, tasks) if texts else []
+        batches, results = len(classifier.batches(rows)), classifier.answer(rows)
+        return Answer(results, 1000 * (time.perf_counter() - started), batches)
 
     # ---- visitors ----------------------------------------------------------------------------
 
@@ -234,11 +250,14 @@ class Room:
             self.classifier.add_task(taught.variants[kind], record, other)
         with self._lock:
             staying = visitor.here and self._visitors.get(session) is visitor
+            before = visitor.tasks.get(name)
             if staying:
                 visitor.tasks = {**visitor.tasks, name: taught}
         if not staying:
             self._drop(taught)
             raise UserError("The visitor has left.")
+        if before is not None:  # kinds that this lesson has not
+            self._remove(set(before.variants.values()) - set(taught.variants.values()))
         return taught
 
     def _peek(self, session: str) -> dict[str, Taught]:
@@ -254,7 +273,10 @@ class Room:
             self._drop(taught)
 
     def _drop(self, taught: Taught) -> None:
-        for key in (taught.key, *taught.variants.values()):
+        self._remove({taught.key, *taught.variants.values()})
+
+    def _remove(self, keys: Iterable[str]) -> None:
+        for key in keys:
             if key in self.classifier.tasks:
                 self.classifier.remove_task(key)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from dataclasses import dataclass
 
 from demo.html import escape
@@ -74,21 +73,17 @@ def explain(room: Room, session: str, text: str, name: str) -> Explanation:
         raise UserError("There is no word to leave out. Type a text.")
     task = room.task(session, name)
     texts = [text, *(text[:start] + text[end:] for start, end in places)]
-    classifier = room.classifier
-    started = time.perf_counter()
-    rows = classifier.encoder.encode(texts, [task] * len(texts))
-    batches, results = len(classifier.batches(rows)), classifier.answer(rows)
-    milliseconds = 1000 * (time.perf_counter() - started)
-    whole = results[0]
+    found = room.answer(texts, [task] * len(texts))
+    whole = found.results[0]
     base = log_odds(whole.score)
     pieces = [
         Piece(
             start, end, base - log_odds(other.probabilities[whole.label]),
             other.probabilities[whole.label], other.label,
         )
-        for (start, end), other in zip(places, results[1:], strict=True)
+        for (start, end), other in zip(places, found.results[1:], strict=True)
     ]  # fmt: skip
-    return Explanation(whole, pieces, milliseconds, batches)
+    return Explanation(whole, pieces, found.milliseconds, found.batches)
 
 
 def coloured(text: str, found: Explanation) -> str:

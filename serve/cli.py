@@ -36,6 +36,8 @@ from typing import Any
 from serve.errors import Failure, UserError, explain_os_error, install
 from serve.files import read_json
 
+_NOISY = ("httpx", "urllib3", "filelock", "sentence_transformers", "transformers", "matplotlib")
+
 
 def option(
     default: Any = MISSING,
@@ -280,13 +282,18 @@ def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) ->
 
 def main(prog: str, description: str, commands: Commands) -> typing.NoReturn:
     """The entry point of a package's `__main__`: `main("python -m trainer", "...", COMMANDS)`."""
+    prepare()
+    sys.exit(run(prog, description, commands, sys.argv[1:]))
+
+
+def prepare(form: str = "%(message)s") -> None:
+    """What a process of ours does first: log to stderr, and end in order on SIGTERM."""
     level = os.environ.get("METAPT_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "filelock", "sentence_transformers", "transformers"):
+    logging.basicConfig(level=level, format=form, stream=sys.stderr)
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Servers have their own handlers. Elsewhere the default would leave half-made files behind.
     signal.signal(signal.SIGTERM, _end)
-    sys.exit(run(prog, description, commands, sys.argv[1:]))
 
 
 def _end(number: int, _frame: Any) -> typing.NoReturn:

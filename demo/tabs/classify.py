@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from demo.html import facts, size
-from demo.parts import FAST, KNOWN, problem, say, session_of, task_switch
+from demo.parts import FAST, KNOWN, cut_note, problem, say, session_of, task_switch
 from demo.samples import samples
 from demo.state import MAX_TEXT, Room
 
@@ -91,11 +91,10 @@ def build(room: Room) -> ClassifyTab:
         except KNOWN as error:
             return None, gr.skip(), gr.update(visible=False), say(error)
         result = found.results[0]
-        cut = f"The text is longer than the {room.classifier.encoder.max_tokens} tokens that the "
         return (
             result.probabilities,
             facts_html(room, session, name, found.milliseconds),
-            gr.update(value=cut + "model reads; its end was left out.", visible=result.truncated),
+            gr.update(value=cut_note(room, session, name), visible=result.truncated),
             say(None),
         )
 

@@ -24,8 +24,8 @@ class CompareTab:
 def build(room: Room) -> CompareTab:
     """Build the tab in the Blocks that is open."""
     gr.Markdown(
-        "All prompts answer the same text in one batch. Edit the sentence: an answer that changes "
-        "is marked, so that one sees which prompt flinches.",
+        "All prompts answer the same text, mixed in a batch. Edit the sentence: an answer that "
+        "changes is marked, so that one sees which prompt flinches.",
         elem_classes="lead",
     )
     text = gr.Textbox(
@@ -46,7 +46,10 @@ def build(room: Room) -> CompareTab:
         except KNOWN as error:
             return "", "", old, say(error)
         count = sum(len(row) for row in found.answers.values())
-        line = f"{count} prompts, one batch of mixed tasks: {found.milliseconds:.1f} ms"
+        times = "one batch" if found.batches == 1 else f"{found.batches} batches"
+        line = f"{count} prompts, {times} of mixed tasks: {found.milliseconds:.1f} ms"
+        if any(result.truncated for row in found.answers.values() for result in row.values()):
+            line += ". The text is longer than some of them read; its end was left out there."
         return line, table(found, old), found.labels(), say(None)
 
     live: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def classify_all(
 ) -> Iterator[tuple[int, pd.DataFrame | None]]:
     """Classify in chunks: yields (texts done, None), and last (all, the table).
 
-    The table's columns: row (from 1), text, label, confidence, and one per label.
+    The table's columns: row (from 1), text, label, confidence, one per label, and `cut`: whether
+    only the beginning of the text was read.
     """
     labels = room.task(session, name).labels
     results = []
@@ -56,7 +58,11 @@ def classify_all(
     odds = pd.DataFrame(
         {f"p({label})": [round(r.probabilities[label], 4) for r in results] for label in labels}
     )
-    yield len(results), pd.concat([table, odds], axis=1)
+    cut = [
+        result.truncated or len(text) > MAX_TEXT
+        for text, result in zip(texts, results, strict=True)
+    ]
+    yield len(results), pd.concat([table, odds, pd.DataFrame({"cut": cut})], axis=1)
 
 
 def distributions(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -69,7 +75,7 @@ def distributions(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def write_csv(table: pd.DataFrame, name: str) -> str:
-    """The table as a CSV file in a folder of its own; Gradio removes its copy after an hour."""
+    """The table as a CSV file in a folder of its own, which the caller removes."""
     safe = "".join(char if char.isalnum() or char in "-_." else "-" for char in name) or "table"
     path = Path(tempfile.mkdtemp(prefix="metapt-")) / f"{safe}-labels.csv"
     table.to_csv(path, index=False)
@@ -185,16 +191,20 @@ def build(room: Room) -> ManyTab:
                     continue
                 counts, spread = distributions(table)
                 line = f"{done:,} texts in {seconds:.1f} s: {rate:,.0f} a second"
+                if cut := int(table["cut"].sum()):
+                    line += f"; of {cut:,} only the beginning was read"
                 labels = room.task(session, name).labels
                 colours = dict(zip(labels, _COLOURS * 9, strict=False))
+                path = write_csv(table, name)
                 yield (
                     line, table,
                     gr.update(value=counts, visible=True, y_lim=[0, int(counts["rows"].max())]),
                     gr.update(value=spread, visible=True, color_map=colours),
-                    gr.update(value=write_csv(table, name), visible=True),
+                    gr.update(value=path, visible=True),
                     gr.update(visible=True), gr.update(choices=[_ALL, *labels], value=_ALL), 1,
                     say(None),
                 )  # fmt: skip
+                shutil.rmtree(Path(path).parent)  # Gradio has its copy, for an hour
         except KNOWN as error:
             yield ("", None, hidden, hidden, hidden, hidden, gr.skip(), 1, say(error))
 

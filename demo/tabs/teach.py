@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -86,6 +88,8 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
     groups: dict[str, list[str]] = {}
     for text, label in zip(texts, sheet.column(label_column), strict=True):
         groups.setdefault(label.strip(), []).append(" ".join(text.split()))
+    if mixed := next((label for label in groups if "," in label), None):
+        raise UserError(f"The label “{mixed}” contains a comma. Rename it in the file.")
     labels = parse_labels("\n".join(groups))
     return labels, ["\n".join(groups[label]) for label in labels]
 
@@ -120,7 +124,8 @@ def build(room: Room) -> TeachTab:
         f"Name a task and 2 to {MOST_LABELS} labels, give some examples of each, press Teach. A "
         f"prompt is tuned on two thirds of them: from {start_words(room)}, from common words and "
         "from random numbers. The rest choose the step and the run that are served, to you alone, "
-        "in every tab, until you close the page; on texts that chose nothing expect a little less.",
+        "in every tab, until you close the page or leave it for an hour; on texts that chose "
+        "nothing expect a little less.",
         elem_classes="lead",
     )
     with gr.Row():
@@ -259,6 +264,7 @@ def build(room: Room) -> TeachTab:
             off,
             say(None),
         )
+        shutil.rmtree(Path(path).parent)  # Gradio has its copy, for an hour
 
     def serve(session: str, visitor: Visitor, lesson: Lesson, lessons: Lessons) -> int:
         """Serve what has been learned; returns how many held-out examples the graph gets right."""

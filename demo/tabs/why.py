@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from demo.html import escape, facts, grid
-from demo.parts import FAST, KNOWN, problem, say, session_of, task_switch
+from demo.parts import FAST, KNOWN, cut_note, problem, say, session_of, task_switch
 from demo.samples import samples
 from demo.state import MAX_TEXT, Room
 from demo.why import coloured, explain, ranking
@@ -46,8 +46,9 @@ def build(room: Room) -> WhyTab:
             table = gr.HTML(elem_id="why-table")
 
     def run(value: str, name: str, request: gr.Request) -> tuple[Any, ...]:
+        session = session_of(request)
         try:
-            found = explain(room, session_of(request), value or "", name)
+            found = explain(room, session, value or "", name)
         except KNOWN as error:
             return "", "", say(error)
         label = escape(found.result.label)
@@ -62,8 +63,12 @@ def build(room: Room) -> WhyTab:
                 (f"{len(found.pieces) + 1} texts", f"in {times}, {found.milliseconds:.0f} ms"),
             ]
         )
+        note = ""
+        if found.result.truncated:
+            # Without a word that is read, one more of the end is.
+            note = f"<p>{cut_note(room, session, name)} Weights tell less then.</p>"
         return (
-            numbers + coloured(value, found) + key,
+            numbers + coloured(value, found) + key + note,
             grid(_HEADERS, ranking(value, found), "The heaviest words, weights in log-odds"),
             say(None),
         )

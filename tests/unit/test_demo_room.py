@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from pathlib import Path
@@ -13,7 +14,9 @@ import serve_toy as toy
 pytest.importorskip("gradio")
 
 from demo import compare, why
+from demo.parts import cut_note, plain
 from demo.state import MAX_TEXT, Limits, Room, record_of
+from demo.tabs.many import classify_all
 from serve import bundle
 from serve.classifier import Classifier
 from serve.errors import UserError
@@ -95,6 +98,18 @@ def test_teaching_a_name_again_replaces_the_task(room: Room) -> None:
     assert abs(room.classify("ada", [TEXT], "side").results[0].score - first) > 1e-4
 
 
+def test_variants_that_a_later_lesson_has_not_go(room: Room) -> None:
+    record = toy.record(["left", "right"], ["dull", "nice"])
+    arrays = [{"prompt_embeddings": toy.prompt_of(seed)} for seed in (5, 6, 7)]
+    room.add("ada", "side", record, arrays[0], {"from-best": arrays[1], "metapt": arrays[2]})
+    room.add("ada", "side", record, arrays[0], {"metapt": arrays[1]})
+    assert set(room.variants("ada", "side")) == {"tuned", "metapt"}
+    own = [name for name in room.classifier.tasks if name.startswith("visitor.")]
+    assert len(own) == 2
+    room.leave("ada")
+    assert not [name for name in room.classifier.tasks if name.startswith("visitor.")]
+
+
 def test_the_number_of_tasks_is_bounded(tmp_path: Path) -> None:
     classifier = Classifier(toy.make_bundle(tmp_path / "bundle"), threads=1)
     room = Room(classifier, Limits(tasks=1, visitors=1))
@@ -150,10 +165,10 @@ def test_a_long_text_is_cut_into_neighbours() -> None:
 
 def test_coloured_words_are_escaped_and_complete(room: Room) -> None:
     text = 'good <script>alert("x")</script> film'
-    html = why.coloured(text, why.explain(room, "ada", text, "film"))
-    assert "<script" not in html
+    shown = why.coloured(text, why.explain(room, "ada", text, "film"))
+    assert "<script" not in shown
     assert (
-        re.sub(r"<[^>]*>", "", html)
+        re.sub(r"<[^>]*>", "", shown)
         == "good &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; film"
     )
 
@@ -217,3 +232,43 @@ def test_the_bundle_on_disk_is_never_changed(room: Room) -> None:
     compare.compare(room, "ada", TEXT)
     assert (folder / "bundle.json").read_bytes() == before
     assert set(bundle.list_tasks(folder)) == {"film", "food"}
+
+
+# ---- words on the page -----------------------------------------------------------------------
+
+
+def test_what_a_visitor_typed_is_shown_as_it_is() -> None:
+    typed = "a_b & <b>*x*</b> `c` [d](e) #1 | ~f~ $g$ &lt; {h} \\"
+    shown = plain(typed)
+    assert html.unescape(shown) == typed
+    assert not set("<>*_`[]|~$") & set(shown)
+
+
+def test_a_cut_text_is_told_by_what_its_task_reads(room: Room) -> None:
+    record = toy.record(["left", "right"], ["dull", "nice"]) | {"max_tokens": 9}
+    room.add("ada", "short", record, {"prompt_embeddings": toy.prompt_of(5)})
+    task = room.task("ada", "short")
+    left = 9 - len(task.prefix_ids) - len(task.suffix_ids)
+    assert f"the first {left} tokens" in cut_note(room, "ada", "short")
+    text = "good " * 9
+    *_, (_, table) = classify_all(room, "ada", [text, "good", "good" + " " * MAX_TEXT], "short")
+    assert table is not None and table["cut"].tolist() == [True, False, True]
+    assert table.columns.tolist() == [
+        "row", "text", "label", "confidence", "p(left)", "p(right)", "cut",
+    ]  # fmt: skip
+    assert compare.compare(room, "ada", text).answers["short"]["tuned"].truncated
+
+
+def test_the_batches_that_are_told_are_those_that_ran(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    run = room.classifier.run
+    monkeypatch.setattr(room.classifier, "run", lambda rows: ran.append(len(rows)) or run(rows))
+    found = compare.compare(room, "ada", TEXT)
+    assert found.batches == len(ran)
+    most = room.classifier.limits.rows
+    many = room.classify("ada", ["good"] * (2 * most + 1), "film")
+    assert many.batches == len(ran) - found.batches >= 3
+    with pytest.raises(UserError, match="text 0 holds half of a surrogate pair"):
+        why.explain(room, "ada", "good \ud800", "film")

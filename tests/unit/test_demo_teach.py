@@ -137,3 +137,15 @@ def test_arguments_of_auth() -> None:
     for wrong in ("ada", "ada:", ":x"):
         with pytest.raises(UserError, match="--auth takes USER:PASSWORD"):
             parse_auth(wrong)
+
+
+def test_a_file_whose_label_holds_a_comma_gets_a_sentence(tmp_path: Path) -> None:
+    from demo.tabs.teach import fields_of_file
+
+    room: Any = SimpleNamespace(limits=SimpleNamespace(megabytes=1.0))
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\nx,"sad, angry"\ny,happy\n')
+    with pytest.raises(UserError, match="“sad, angry” contains a comma"):
+        fields_of_file(str(path), room)
+    path.write_text("text,label\nx,sad\ny,happy\nz,sad\n")
+    assert fields_of_file(str(path), room) == (["sad", "happy"], ["x\nz", "y"])
