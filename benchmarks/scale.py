@@ -42,6 +42,7 @@ EXPONENTS = (0.6, 0.8, 1.0, 1.2)
 CAPACITIES = (200, 1000, 5000, 20_000)
 REQUESTS = 10_000  # a second
 CORES, LOAD = 16, 0.7  # of a node; the share of its processors that requests may take
+PIECES = 10  # a task of more than this part of a node's fair share has several nodes
 ROWS, LENGTH = 32, 24  # of a measured batch
 INDEX_SIZES = (1000, 10_000)
 
@@ -105,15 +106,25 @@ def che(shares: np.ndarray, capacity: int) -> float:
     return float((shares * -np.expm1(-shares * filling(shares, capacity))).sum())
 
 
-def divided(shares: np.ndarray, nodes: int, capacity: int, seed: int = 0) -> float:
-    """The hit rate when each task has one of `nodes` nodes, each with an LRU of its own."""
-    owner = np.random.default_rng(seed).integers(0, nodes, len(shares))
-    rate = 0.0
-    for node in range(nodes):
-        mine = shares[owner == node]
-        if len(mine):
-            rate += mine.sum() * che(mine / mine.sum(), capacity)
-    return float(rate)
+def divided(
+    shares: np.ndarray, nodes: int, capacity: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the requests [nodes] and hit rates [nodes] when tasks have nodes of their own.
+
+    A task's node is drawn, as by a hash of its name. One of more than a `PIECES`-th of a node's
+    fair share is dealt over several nodes, the next ones, in as many equal parts.
+    """
+    copies = np.clip(np.ceil(shares * nodes * PIECES), 1, nodes).astype(int)
+    first = np.random.default_rng(seed).integers(0, nodes, len(shares))
+    place = np.arange(copies.sum()) - np.repeat(np.cumsum(copies) - copies, copies)
+    owner = (np.repeat(first, copies) + place) % nodes
+    parts = np.repeat(shares / copies, copies)
+    loads = np.bincount(owner, parts, nodes)
+    hits = [
+        che(parts[owner == node] / loads[node], capacity) if loads[node] else 1.0
+        for node in range(nodes)
+    ]
+    return loads, np.array(hits)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -291,12 +302,14 @@ def node_table(figures: dict[str, Any], memory: int = 4096) -> str:
 
 
 def fewest(shares: np.ndarray, capacity: int, text_ms: float, miss_ms: float) -> tuple[int, float]:
-    """Nodes, and their hit rate, when each task is sent to one of them."""
+    """Nodes, and their hit rate, when each task is sent to nodes of its own (see `divided`): as
+    many as the busiest of them needs."""
     nodes = math.ceil(REQUESTS / per_node(text_ms, 0, 1.0))
     while True:
-        hit = divided(shares, nodes, capacity)
-        if nodes * per_node(text_ms, miss_ms, hit) >= REQUESTS:
-            return nodes, hit
+        loads, hits = divided(shares, nodes, capacity)
+        rates = [per_node(text_ms, miss_ms, hit) for hit in hits]
+        if (loads * REQUESTS <= rates).all():
+            return nodes, float(loads @ hits)
         nodes += 1
 
 

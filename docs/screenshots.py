@@ -1,13 +1,15 @@
 """Pictures of the demo's tabs for the README: light, dark, and as wide as a telephone.
 
     python -m demo BUNDLE --port 7860 &
-    python docs/screenshots.py http://127.0.0.1:7860/ docs/images
+    python docs/screenshots.py http://127.0.0.1:7860/ docs/images         # those of the README
+    python docs/screenshots.py http://127.0.0.1:7860/ pictures --all
 
 Needs chromium, chromium-driver and selenium, as the browser tests do.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -22,6 +24,8 @@ from demo_page import browser
 
 TEXT = "The acting was great but the story is dull and far too long."
 FORMS = {"light": (1120, False), "dark": (1120, True), "narrow": (390, False)}
+# What the README shows.
+SHOWN = ("classify", "why-dark", "compare", "many-narrow", "teach", "bonnet")
 MANY = ["Great film.", "Awful food.", "It was okay, I suppose.", "Never again.", "I love it!"]
 
 
@@ -49,10 +53,15 @@ def picture(window: Any, path: Path, width: int) -> None:
     window.save_screenshot(str(path))
 
 
-def visit(address: str, folder: Path, form: str, teach: bool) -> None:
-    """Picture every tab in one form."""
+def visit(address: str, folder: Path, form: str, wanted: tuple[str, ...], profile: Path) -> None:
+    """Picture the tabs that are wanted in one form; a wanted lesson is taught to its end."""
     width, dark = FORMS[form]
-    window = browser(Path(tempfile.mkdtemp()), width, 900, dark)
+    window = browser(profile, width, 900, dark)
+
+    def save(tab: str) -> None:
+        name = tab if form == "light" else f"{tab}-{form}"
+        if not wanted or name in wanted:
+            picture(window, folder / f"demo-{name}.png", width)
 
     def found(css: str) -> Any:
         return window.find_elements("css selector", css)
@@ -69,36 +78,41 @@ def visit(address: str, folder: Path, form: str, teach: bool) -> None:
     try:
         window.get(f"{address}?text={quote(TEXT)}")
         until(lambda: "%" in found("#classify-answer")[0].text)
-        picture(window, folder / f"classify-{form}.png", width)
+        save("classify")
         tab("why")
         click("#why-go")
         until(lambda: found("#why-words .words span"))
-        picture(window, folder / f"why-{form}.png", width)
+        save("why")
         tab("compare")
         click("#compare-go")
         until(lambda: found("#compare-table td"))
-        picture(window, folder / f"compare-{form}.png", width)
+        save("compare")
         tab("many")
         found("#many-text textarea")[0].send_keys("\n".join(MANY))
         click("#many-go")
         until(lambda: "rows" in found("#many-where")[0].text)
-        picture(window, folder / f"many-{form}.png", width)
+        save("many")
         tab("teach")
         click("#teach-fill")
         until(lambda: found("#teach-examples-0 textarea")[0].get_property("value"))
-        if teach:
+        if form == "light":
             click("#teach-go")
             until(lambda: "served now" in found("#teach-status")[0].text, 900)
-        picture(window, folder / f"teach-{form}.png", width)
+        save("teach")
         tab("bonnet")
         time.sleep(2)
-        picture(window, folder / f"bonnet-{form}.png", width)
+        save("bonnet")
     finally:
         window.quit()
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[2])
-    target.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[3:] or FORMS:
-        visit(sys.argv[1], target, name, teach=name == "light")
+    parser = argparse.ArgumentParser(description="Pictures of the demo's tabs.")
+    parser.add_argument("address", help="of the page")
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("--all", action="store_true", help="every tab in every form")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for form in FORMS:
+        with tempfile.TemporaryDirectory() as profile:
+            visit(given.address, given.folder, form, () if given.all else SHOWN, Path(profile))

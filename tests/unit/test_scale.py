@@ -58,8 +58,20 @@ def test_shares_follow_zipf_and_requests_follow_them() -> None:
 
 def test_tasks_divided_over_nodes_hit_as_one_large_cache() -> None:
     shares = scale.zipf(5000, 0.8)
-    assert scale.divided(shares, 1, 250) == pytest.approx(scale.che(shares, 250))
-    assert scale.divided(shares, 10, 250) == pytest.approx(scale.che(shares, 2500), abs=0.01)
+    loads, hits = scale.divided(shares, 1, 250)
+    assert loads == pytest.approx([1.0])
+    assert hits == pytest.approx([scale.che(shares, 250)])
+    loads, hits = scale.divided(shares, 10, 250)
+    assert loads.sum() == pytest.approx(1)
+    # A little less: what is dealt over several nodes stands in the bank of each.
+    assert loads @ hits == pytest.approx(scale.che(shares, 2500), abs=0.03)
+
+
+def test_no_node_is_sent_a_popular_task_alone() -> None:
+    shares = np.array([0.7, *[0.3 / 3000] * 3000])
+    loads, hits = scale.divided(shares, 4, 10_000)
+    assert loads.min() > 0.7 / 4 and loads.max() < 0.7 / 4 + 0.3 / 4 * 1.2
+    assert hits.tolist() == [1.0] * 4
 
 
 GEOMETRY = {"layers": 6, "heads": 8, "head_width": 64, "width": 512, "prompt_tokens": 100,
@@ -82,13 +94,22 @@ def test_the_slot_is_what_the_bank_takes(tmp_path: Path) -> None:
     assert scale.slot_bytes(geometry) == bank.slot_bytes
 
 
-def test_the_fewest_nodes_are_enough_and_one_less_is_not() -> None:
-    shares = scale.zipf(5000, 0.8)
+def overloaded(shares: np.ndarray, nodes: int) -> int:
+    """Nodes that are asked for more than their processors can do."""
+    count = 0
+    for load, hit in zip(*scale.divided(shares, nodes, 300), strict=True):
+        seconds = load * scale.REQUESTS * (0.010 + (1 - hit) * 0.030)
+        count += seconds > 16 * 0.7
+    return count
+
+
+@pytest.mark.parametrize("exponent", [0.8, 1.2])
+def test_the_fewest_nodes_are_enough_and_one_less_is_not(exponent: float) -> None:
+    shares = scale.zipf(5000, exponent)
     nodes, hit = scale.fewest(shares, 300, 10.0, 30.0)
-    assert hit == scale.divided(shares, nodes, 300)
-    assert nodes * scale.per_node(10, 30, hit) >= scale.REQUESTS
-    less = scale.divided(shares, nodes - 1, 300)
-    assert (nodes - 1) * scale.per_node(10, 30, less) < scale.REQUESTS
+    loads, hits = scale.divided(shares, nodes, 300)
+    assert hit == pytest.approx(sum(a * b for a, b in zip(loads, hits, strict=True)))
+    assert overloaded(shares, nodes) == 0 < overloaded(shares, nodes - 1)
 
 
 def test_an_lru_has_filled_after_the_time_that_is_computed() -> None:
