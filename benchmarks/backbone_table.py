@@ -5,7 +5,8 @@
 
 Every method sees the same samples: 40 for training and 40 for validation, drawn by the seed as
 `python -m trainer tune` draws them, and the same test rows. A result is a line of JSON in --out;
-lines that are there already are not computed again, so the run may be stopped at any time.
+lines that are there already are not computed again, so the run may be stopped at any time. A line
+says what it was measured with; other settings want another --out.
 
 Methods: `words` (the template alone, no sample used), `prefix`, `deep` and `full` (prompt tuning
 with the trainer's own code), `finetune` (full tuning: every weight learns), `lr` (logistic
@@ -28,8 +29,9 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from serve.cli import Command, main, option
-from trainer.backbone import Backbone, load_backbone
+from serve.cli import Command, as_json, main, option
+from serve.errors import UserError
+from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples, draw_few_shot, load_task
 from trainer.finetune import finetune
@@ -228,6 +230,14 @@ def run_table(config: TableConfig) -> None:
     path, bench = Path(config.out), Bench(config)
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     done = [json.loads(line) for line in lines]
+    given = settings(config)
+    if other := next((r for r in done if r.get("settings") != given), None):
+        theirs = other.get("settings", {})
+        name = next(k for k in given if theirs.get(k) != given[k])
+        raise UserError(
+            f"--out {path} holds figures of {name} {theirs.get(name, 'unknown')}, not "
+            f"{given[name]}: pass another --out"
+        )
     seen = {(r["method"], r["task"], r["seed"]) for r in done}
     for method, seed, name in itertools.product(config.methods, config.seeds, config.tasks):
         if (method, name, seed) in seen or (method == "words" and seed != config.seeds[0]):
@@ -238,12 +248,20 @@ def run_table(config: TableConfig) -> None:
         found = methods[method](bench, task, pool.take(first), pool.take(second), test, seed)
         result = {"method": method, "task": name, "seed": seed, "rows": len(test),
                   "accuracy": round(float((found == test.labels).mean()), 4),
-                  "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+                  "seconds": round(time.monotonic() - start, 1), "settings": given}  # fmt: skip
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         done.append(result)
         log.info("%s", result)
     log.info("%s", markdown(done, config.tasks))
+
+
+def settings(config: TableConfig) -> dict[str, Any]:
+    """What a figure depends on besides its method, task and seed."""
+    values = {**as_json(config), "backbone": weights_hash(backbone_folder(config.backbone))}
+    for name in ("out", "data_dir", "teacher", "recipe", "methods", "tasks", "seeds"):
+        del values[name]
+    return values
 
 
 def markdown(results: list[dict[str, Any]], tasks: list[str]) -> str:
@@ -254,8 +272,10 @@ def markdown(results: list[dict[str, Any]], tasks: list[str]) -> str:
         for task in tasks:
             values = [100 * r["accuracy"] for r in results
                       if r["method"] == method and r["task"] == task]  # fmt: skip
-            cells.append(f"{np.mean(values):.1f} ± {np.std(values):.1f} ({len(values)})"
-                         if values else "")  # fmt: skip
+            mean = f"{np.mean(values):.1f}" if values else ""
+            if len(values) > 1:
+                mean += f" ± {np.std(values, ddof=1):.1f}"
+            cells.append(f"{mean} ({len(values)})" if values else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -144,6 +144,8 @@ def main() -> None:
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     if args.out:
         write_json(args.out, report)
+    if alive != 200:
+        raise SystemExit("the server was not ready at the end")
     grown = attacker.memory[-1] - attacker.memory[0]
     if grown > args.growth:
         raise SystemExit(f"memory grew by {grown:.1f} MiB")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ class Sample:
     """What a run of load gave.
 
     Attributes:
-        seconds: how long it ran; latencies: seconds per answered request, in order of their ends.
+        seconds: how long it ran; latencies: seconds of each request that was answered with 200, in
+            order of their ends: a refusal is quick, and no service.
         statuses: how often each status came; lost: requests without an answer.
         bodies: the last body by position of its text, for comparing answers.
     """
@@ -30,15 +32,20 @@ class Sample:
     bodies: dict[int, bytes] = field(default_factory=dict)
 
     def percentile(self, share: float) -> float:
-        """Milliseconds that `share` of the requests took at most."""
+        """Milliseconds that `share` of the requests took at most (nearest rank)."""
         ordered = sorted(self.latencies)
-        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 class Connection(asyncio.Protocol):
-    """One kept connection."""
+    """One kept connection.
+
+    Attributes:
+        closed: whether the server has closed it.
+    """
 
     def __init__(self) -> None:
+        self.closed = False
         self._buffer = b""
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
         self._transport: asyncio.WriteTransport | None = None
@@ -61,15 +68,19 @@ class Connection(asyncio.Protocol):
             answer.set_result((int(head[9:12]), rest[:length]))
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ConnectionError("closed without an answer"))
 
     def ask(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
-        """Send a request; the future gives its status and body."""
+        """Send a request; the future gives its status and body, or ConnectionError."""
         assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return self._answer
+        answer = self._answer = asyncio.get_running_loop().create_future()
+        if self.closed:  # nobody would ever answer
+            answer.set_exception(ConnectionError("closed"))
+        else:
+            self._transport.write(request)
+        return answer
 
     def close(self) -> None:
         if self._transport is not None:
@@ -96,6 +107,8 @@ async def closed_loop(port: int, requests: Sequence[bytes], clients: int, second
     async def client() -> None:
         _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
         while time.perf_counter() < end:
+            if connection.closed:
+                _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
             await _one(connection, requests, next(numbers), sample, time.perf_counter())
         connection.close()
 
@@ -117,9 +130,10 @@ async def open_loop(
     running: set[asyncio.Task[None]] = set()
 
     async def one(number: int, planned: float) -> None:
-        if free:
-            connection = free.pop()
-        else:
+        connection = None
+        while free and (connection is None or connection.closed):
+            connection = free.pop()  # the server closes what has been idle for seconds
+        if connection is None or connection.closed:
             _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
         await _one(connection, requests, number, sample, planned)
         free.append(connection)
@@ -148,6 +162,7 @@ async def _one(
     except ConnectionError:
         sample.lost += 1
         return
-    sample.latencies.append(time.perf_counter() - since)
     sample.statuses[status] = sample.statuses.get(status, 0) + 1
-    sample.bodies[number % len(requests)] = body
+    if status == 200:
+        sample.latencies.append(time.perf_counter() - since)
+        sample.bodies[number % len(requests)] = body

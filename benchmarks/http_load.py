@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,22 +54,34 @@ def make_texts(count: int, words: int, seed: int = 0) -> list[str]:
 
 @contextmanager
 def server(bundle: str, flags: list[str]) -> Iterator[tuple[int, int]]:
-    """A server process; its port and process id."""
+    """A server process; its port and process id. It gets SIGTERM at the end, if not before.
+
+    Raises:
+        SystemExit: it does not start, or does not end with code 0.
+    """
     command = [sys.executable, "-m", "serve", "http", bundle, "--port", "0", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        log = ""
-        for line in process.stderr:
-            log += line
-            if found := re.search(r"ready on http://127.0.0.1:(\d+)", line):
-                yield int(found[1]), process.pid
-                break
-        else:
-            raise SystemExit(log)
-    finally:
+    # A file, not a pipe: one that nobody reads is full after some thousand lines.
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            found = None
+            while found is None:
+                ended = process.poll() is not None
+                log.seek(0)
+                text = log.read()
+                found = re.search(r"ready on http://127.0.0.1:(\d+)", text)
+                if ended:
+                    raise SystemExit(text)
+                time.sleep(0.1)
+            yield int(found[1]), process.pid
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        if code := process.wait(60):
+            log.seek(0)
+            raise SystemExit(f"the server ended with code {code}: {log.read()[-2000:]}")
 
 
 def fill(port: int) -> None:
@@ -183,6 +196,8 @@ def main() -> None:
         # Texts are sent in order, so that 512 answers cover them all, however slow the model.
         probe = Sample()
         while len(probe.bodies) < len(texts):
+            if set(probe.statuses) - {200}:
+                raise SystemExit(f"not every request was answered: {probe.statuses}")
             probe = asyncio.run(
                 closed_loop(port, requests, args.clients, max(args.seconds, probe.seconds * 2))
             )

@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -34,9 +35,13 @@ TOKEN = "soak"
 class Soak:
     """One run's load and what came of it."""
 
-    def __init__(self, port: int, requests: list[bytes], wanted: list[Any], spare: str) -> None:
-        self.port, self.requests, self.wanted, self.spare = port, requests, wanted, spare
+    def __init__(
+        self, port: int, pid: int, requests: list[bytes], wanted: list[Any], spare: str
+    ) -> None:
+        self.port, self.pid, self.requests = port, pid, requests
+        self.wanted, self.spare = wanted, spare
         self.end = 0.0
+        self.ending = False  # the server was asked to end: it may close connections
         self.counts: dict[str, int] = {}
         self.memory: list[float] = []
         self.swaps = 0
@@ -54,11 +59,15 @@ class Soak:
             try:
                 status, body = await connection.ask(self.requests[index])
             except ConnectionError:
+                if self.ending:
+                    return
                 self.count("lost")
                 _, connection = await loop.create_connection(Connection, "127.0.0.1", self.port)
                 continue
             if status == 404 and task == self.spare:
                 self.count("404 of the task that goes")
+            elif status == 503 and self.ending:
+                return
             elif status != 200:
                 self.count(str(status))
             else:
@@ -93,6 +102,12 @@ class Soak:
             self.administer(every), self.watch(),
             *(self.client(number, clients) for number in range(clients)),
         )  # fmt: skip
+        self.end = time.perf_counter() + 30
+        load = asyncio.gather(*(self.client(number, clients) for number in range(clients)))
+        await asyncio.sleep(2)
+        self.ending = True
+        os.kill(self.pid, signal.SIGTERM)
+        await load
 
 
 def main() -> None:
@@ -114,9 +129,9 @@ def main() -> None:
     bodies = [{"text": a, "task": b} for a, b in zip(texts, tasks, strict=True)]
     os.environ["METAPT_ADMIN_TOKEN"] = TOKEN
     flags = ["--deadline", "60", *args.flags.split()]
-    with server(args.bundle, flags) as (port, _):
+    with server(args.bundle, flags) as (port, pid):
         fill(port)
-        soak = Soak(port, prepare("/classify", bodies), wanted, names[-1])
+        soak = Soak(port, pid, prepare("/classify", bodies), wanted, names[-1])
         asyncio.run(soak.run(args.minutes * 60, args.clients, args.admin_every))
     quarter = max(1, len(soak.memory) // 4)
     report = {
