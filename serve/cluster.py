@@ -125,7 +125,7 @@ class Server:
 
     def _publish(self, name: str, kind: str, task: Task | None) -> Outcome:
         """Called in a thread of its own; it waits for all replicas, this one included."""
-        latest = max((change.order for change in self._follower.changes.values()), default=0)
+        latest = max((change.order for change in list(self._follower.changes.values())), default=0)
         try:
             response = self._ledger.publish.remote(name, kind, task, latest, _AGREE)
             return response.result(timeout_s=2 * _AGREE)

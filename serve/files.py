@@ -58,7 +58,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
         path: where the folder shall stand.
         replace: whether an existing folder is replaced. POSIX cannot swap two folders in one
             step, so the old one is moved aside first and removed last: a kill between the two
-            leaves either the old or the new folder whole under a name that starts with `path`.
+            leaves both whole beside `path`, under hidden names that hold its own.
 
     Raises:
         UserError: `path` exists and `replace` is false, or it is a file, or "." or "..".
@@ -83,7 +83,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
             os.rename(path, aside)
             try:
                 os.rename(temporary, path)
-            except OSError:
+            except BaseException:  # SIGTERM too: the new one is about to be removed
                 os.rename(aside, path)
                 raise
             shutil.rmtree(aside, ignore_errors=True)

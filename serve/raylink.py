@@ -21,19 +21,20 @@ _PATIENCE = 5.0  # seconds for a head node to answer
 _ADDRESS = re.compile(r"(?:ray://)?(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 
 
-def connect(address: str) -> None:
+def connect(address: str, level: int = logging.WARNING) -> None:
     """Connect this process to Ray.
 
     Args:
         address: `local` starts a Ray of its own, which ends with the process; `auto` finds the one
             that runs on this machine; otherwise `HOST:PORT` or `ray://HOST:PORT` of a head node.
+        level: of Ray's own log.
 
     Raises:
         UserError: `address` is none of these.
         Failure: nothing that is Ray answers there within seconds.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what runs here is nobody's business
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": level}
     if address == "local":
         quiet["include_dashboard"] = False
     elif address != "auto":

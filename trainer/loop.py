@@ -167,6 +167,8 @@ class Loop:
         self.fingerprint = json.loads(json.dumps(options.fingerprint or {}))
         if self.checkpoint is not None:  # not to be continued from another start
             self.fingerprint["start"] = digest(*(value.detach() for value in params.values()))
+        if workers().precision != "no":  # nor half in bf16
+            self.fingerprint["precision"] = workers().precision
         self.label, self.watch = label, options.watch
         self.quiet = options.quiet or not workers().main
         self.state = State()

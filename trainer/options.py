@@ -149,14 +149,17 @@ def output_folder(out: str) -> Path:
     return path
 
 
-def result_folder(out: str) -> Path:
+def result_folder(out: str, mark: str = RUN_FILE) -> Path:
     """As `output_folder`, for a result that replaces what stands there.
+
+    Args:
+        mark: a file that every such result holds.
 
     Raises:
         UserError: the folder holds something that is not the result of an earlier run.
     """
     path = output_folder(out)
-    if path.is_dir() and any(path.iterdir()) and not (path / RUN_FILE).is_file():
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise UserError(
             f"--out {out} holds other files, which the result would replace: pass another --out"
         )

@@ -79,6 +79,8 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
         assert {str(file.get_tensor(k).dtype) for k in file.keys()} == {"torch.float16"}  # noqa: SIM118
     again = backbone(data, tmp_path, "--steps", "5", "--workers", "2")
     assert again.returncode == 2 and "--resume" in again.stderr
+    other = backbone(data, tmp_path, "--steps", "5", "--workers", "2", "--resume", "--seed", "2")
+    assert other.returncode == 2 and "prepared with another seed" in other.stderr
     more = backbone(data, tmp_path, "--steps", "5", "--workers", "2", "--resume")
     assert more.returncode == 0, more.stderr
     with safe_open(tmp_path / "tiny.run" / "state.safetensors", "pt") as file:
@@ -107,3 +109,9 @@ def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:
     done = backbone(data / "nowhere", tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "recipe" in done.stderr
+    for folder in ("tiny", "shards"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tiny" / "notes.txt").write_text("mine")
+    done = backbone(data, tmp_path)
+    assert done.returncode == 2 and "holds other files" in done.stderr
+    assert not list((tmp_path / "shards").iterdir())  # said before the work

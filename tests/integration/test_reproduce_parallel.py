@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,10 @@ def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path)
         )  # fmt: skip
 
 
-def test_workers_end_with_a_killed_parent(tmp_path: Path, tiny_t5: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(
+    tmp_path: Path, tiny_t5: Path, number: signal.Signals
+) -> None:
     (tmp_path / "data").mkdir()
     write_task(tmp_path / "data")
     flags = [
@@ -79,6 +83,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, tiny_t5: Path) -> None
                 for child in psutil.Process(parent.pid).children()
                 if "spawn_main" in " ".join(child.cmdline())
             ]
+        parent.send_signal(number)
+        code = parent.wait(30)  # jobs of a million steps are not waited for
+        assert code == (-number if number == signal.SIGKILL else 128 + number)
     finally:
         parent.kill()
         parent.wait()

@@ -47,15 +47,29 @@ def test_an_address_without_a_cluster_fails_in_time(
     ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("grpc", reason="gRPC is not installed (the extra `ray`)")
-    monkeypatch.setattr(engine, "_SECONDS", 1.0)
+    pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
+    monkeypatch.setattr("serve.raylink._PATIENCE", 1.0)
     for port in ports:
         for form in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(Failure, match="no Ray cluster answered within 1 s") as error:
-                engine.check_reachable(form)
+            with (
+                pytest.raises(Failure, match="no Ray cluster answers at") as error,
+                engine.session(form),
+            ):
+                pass
             assert form in str(error.value)
     for form in ("here", "host:", ":6379", "http://host:6379/x"):
-        with pytest.raises(UserError, match="pass local, auto, HOST:PORT"):
-            engine.check_reachable(form)
+        with (
+            pytest.raises(UserError, match="pass local, auto, HOST:PORT"),
+            engine.session(form),
+        ):
+            pass
+
+
+def test_a_folder_of_other_files_is_not_replaced_by_shards(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"other files.*another --out"):
+        run_cluster(ClusterConfig(data=str(tmp_path), out=str(tmp_path), ray="local"))
+    assert (tmp_path / "texts.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

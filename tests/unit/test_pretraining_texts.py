@@ -6,10 +6,12 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from serve.errors import UserError
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, labelled_pool, labelled_rows
 from trainer.pretraining.texts import HeldOut, normalise, pick, sentences
@@ -39,6 +41,33 @@ def test_held_out_sentences_of_documents() -> None:
     # Joined to another, a sentence is still itself.
     assert "Nobody came. The soup was COLD and thin!" in held
     assert "Nobody came. The soup was warm." not in held
+
+
+def test_a_held_out_sentence_is_found_in_whatever_is_joined(tmp_path: Path) -> None:
+    held = HeldOut(["the film is a total mess ."])
+    lines = [
+        "I saw it on a rainy day in town.",
+        "the film is a total mess.",
+        "avoid it if you can.",
+    ]
+    document = "\n".join(
+        lines * 3
+    )  # lower case after a line feed: no end of a sentence by its marks
+    pq.write_table(pa.table({"text": [document], "label": [0]}), tmp_path / "a.parquet")
+    (tmp_path / "recipe.toml").write_text(
+        '[[labelled]]\nname = "a"\nfile = "a.parquet"\nsplit = true\n'
+        'columns = { polarity = ["label", { 0 = 0, 1 = 1 }] }\n'
+    )
+    entry = load_recipe(tmp_path / "recipe.toml", tmp_path).labelled[0]
+    count = 0
+    for seed in range(40):
+        for text, *_ in labelled_rows(entry, held, np.random.default_rng(seed)):
+            assert "total mess" not in text and "\n" not in text
+            count += 1
+    assert count > 40
+    pq.write_table(pa.table({"text": [document], "stars": [0]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'label'"):
+        list(labelled_rows(entry, held, np.random.default_rng(0)))
 
 
 def test_labelled_rows_leave_held_out_sentences_out(tmp_path: Path) -> None:
@@ -79,7 +108,7 @@ def test_pick_joins_neighbours_half_of_the_time() -> None:
             assert found == parts[start : start + len(found)]  # neighbours, in their order
             if len(found) == 1:
                 assert edge == (start in (0, 28, 29))
-            assert text.count(" ") < 41  # as many whole ones as the room takes, 20 to 41 words
+            assert len(text.split()) <= 41  # as many whole ones as the room takes, 20 to 41 words
             alone += len(found) == 1
             joined += len(found) > 1
             assert len(found) in (1, 2, 3, 4, 5)

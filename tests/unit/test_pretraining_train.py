@@ -1,8 +1,13 @@
 """The loop on a tiny model: resume, processes, the mixture's batches, and the silent prompts."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -177,6 +182,45 @@ def test_a_process_that_fails_ends_the_step() -> None:
     team = Workers([module], compute, 2)
     with pytest.raises(Failure, match="--resume"):
         team.step(0, 0.0)
+
+
+def test_a_process_that_is_killed_while_it_waits_is_noticed_at_once() -> None:
+    team = Workers([torch.nn.Linear(2, 2)], lambda rank, step, done: [float(step)] * 5, 3)
+    assert team.step(7, 0.0).tolist() == [[7.0] * 5] * 3
+    os.kill(team.processes[0].pid, signal.SIGKILL)
+    team.processes[0].join()
+    with pytest.raises(Failure, match="--resume"):
+        team.step(8, 0.0)
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    code = (
+        "import os, torch\n"
+        "from trainer.pretraining.parallel import Workers\n"
+        "team = Workers([torch.nn.Linear(2, 2)], lambda *_: [0.0] * 5, 3)\n"
+        "team.step(0, 0.0)\n"
+        "print(*[p.pid for p in team.processes], flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pids = [int(pid) for pid in found.stdout.split()]
+    assert len(pids) == 2 and found.returncode == -signal.SIGKILL
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(left, timeout=20)[1] == []
+
+
+def test_a_run_is_not_resumed_with_other_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def begin(seed: int, resume: bool, workers: int = 1) -> None:
+        t5, auxiliary, mixture = setting(tokenizer)
+        train(t5, auxiliary, mixture, None, SCHEDULE, tmp_path, resume=resume, workers=workers,
+              stop_after=2, settings={"seed": seed})  # fmt: skip
+
+    begin(1, resume=False)
+    with pytest.raises(UserError, match="of a run with seed 1, this one has 2"):
+        begin(2, resume=True)
+    with pytest.raises(UserError, match="of a run with processes 1, this one has 2"):
+        begin(1, resume=True, workers=2)
+    begin(1, resume=True)
 
 
 def test_unlabelled_recipe_is_refused(tokenizer: Tokenizer) -> None:

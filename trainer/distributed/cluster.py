@@ -29,12 +29,13 @@ from trainer.cluster import (
     text_mark,
 )
 from trainer.corpus import BadFiles, find_files
-from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, first_line, session
+from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, root_message, session
 from trainer.distributed.reading import LabelledTexts, read_files
-from trainer.distributed.shards import Shards, staged, write_run
+from trainer.distributed.shards import RECORD, Shards, staged, write_run
 from trainer.embed import encoder_source, load_encoder
 from trainer.labels import class_codes, class_names, find_labels
-from trainer.remote import Source
+from trainer.options import result_folder
+from trainer.remote import Source, is_url
 from trainer.reservoir import rank
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def run_on_ray(config: ClusterConfig) -> None:
         try:
             table, names = _run(ray, config, files)
         except ray.exceptions.RayError as error:
-            raise Failure(f"--ray {config.ray}: a worker failed: {first_line(error)}") from error
+            raise Failure(f"--ray {config.ray}: a worker failed: {root_message(error)}") from error
     sys.stdout.write(report(table, names, config.method, time.monotonic() - started))
     sys.stdout.write(f"{config.out}: {table.sum()} texts\n")
 
@@ -138,6 +139,8 @@ def _check(config: ClusterConfig) -> None:
         raise UserError("--limit is for one machine: leave it out, or leave --ray out")
     if config.out.endswith(".parquet"):
         raise UserError(f"--out {config.out}: --ray writes a folder of shards: leave .parquet out")
+    if not is_url(config.out):
+        result_folder(config.out, RECORD)
 
 
 def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarray, list[str]]:

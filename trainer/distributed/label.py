@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from serve.errors import Failure
 from trainer.classifier import Measured
 from trainer.corpus import BadFiles, Sentence, split_sentences
-from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, first_line, session
+from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, root_message, session
 from trainer.distributed.reading import Documents, file_of, read_files
 from trainer.label import LabelConfig, check_any, word_bounds
 from trainer.remote import Source, name_of
@@ -118,7 +118,7 @@ def annotate(
                     bar.update(reservoir.seen - bar.n)
                     bar.set_postfix(sure=int(reservoir.offered.sum()), bad_files=len(bad.found))
         except ray.exceptions.RayError as error:
-            raise Failure(f"--ray {config.ray}: a worker failed: {first_line(error)}") from error
+            raise Failure(f"--ray {config.ray}: a worker failed: {root_message(error)}") from error
     check_any(reservoir, config)
     return reservoir
 

@@ -20,7 +20,7 @@ from trainer.runs import record
 
 logger = logging.getLogger(__name__)
 
-_RECORD = "_run.json"  # readers of a folder of Parquet files pass over a leading underscore
+RECORD = "_run.json"  # readers of a folder of Parquet files pass over a leading underscore
 _SHARD_ROWS = 100_000  # of a file at least, where blocks are smaller
 
 
@@ -60,7 +60,7 @@ def staged(out: str) -> Iterator[Place]:
     system.makedirs(staging.path, exist_ok=True)
     try:
         yield staging
-        names = sorted(system.find(staging.path), key=lambda name: name.endswith(_RECORD))
+        names = sorted(system.find(staging.path), key=lambda name: name.endswith(RECORD))
         system.makedirs(path, exist_ok=True)
         for name in names:
             system.mv(name, f"{path}/{name.rsplit('/', 1)[-1]}")
@@ -72,7 +72,7 @@ def staged(out: str) -> Iterator[Place]:
 def write_run(place: Place, config: Any, **more: Any) -> None:
     """The record of a run, beside its shards."""
     text = json.dumps(record("cluster", config, **more), indent=2, ensure_ascii=False) + "\n"
-    with place.system.open(f"{place.path}/{_RECORD}", "wb") as file:
+    with place.system.open(f"{place.path}/{RECORD}", "wb") as file:
         file.write(text.encode())
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from transformers import T5ForConditionalGeneration
 
 from serve.cli import as_json
 from serve.errors import UserError
-from serve.files import write_json
+from serve.files import read_json, sha256, write_json
+from trainer.options import result_folder
 from trainer.parallel import workers as processes
 from trainer.pretraining.config import BackboneConfig
 from trainer.pretraining.convert import convert
@@ -42,19 +44,24 @@ from trainer.pretraining.wordings import label_words
 from trainer.t5 import FrozenT5
 
 logger = logging.getLogger(__name__)
+_PREPARED = "prepared.json"  # in the folder of the shards
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
+# Flags that a run is resumed with as it was begun; --steps and --minutes may grow.
+_SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "heads",
+         "feed_forward", "vocab_size")  # fmt: skip
 SHIPPED = 20  # of which so many are shipped as starting points
 
 
 def run_backbone(config: BackboneConfig) -> None:
     """Prepare, convert, train, save; see `BackboneConfig`."""
-    shards, out = Path(config.shards), Path(config.out)
+    shards, out = Path(config.shards), result_folder(config.out, "config.json").absolute()
     team = processes()
     if team.main and (config.prepare or not (shards / "pools.json").is_file()):
         _prepare(config, shards)
     team.wait()  # for the shards
     if config.prepare:
         return
+    _check_prepared(config, shards)
     tokenizer = load_tokenizer(shards)
     pools = load_pools(shards)
     device = team.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +119,8 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
 
         train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
               checkpoint_seconds=config.checkpoint_seconds, report=report,
-              track=watch if probes else None, workers=workers)  # fmt: skip
+              track=watch if probes else None, workers=workers,
+              settings={name: getattr(config, name) for name in _SAME})  # fmt: skip
 
 
 def start_model(
@@ -172,7 +180,10 @@ def _card(config: BackboneConfig) -> dict[str, str]:
 
 def _prepare(config: BackboneConfig, shards: Path) -> None:
     recipe = load_recipe(Path(config.labelled), Path(config.data_dir))
-    further = [Plain(_as_parquet(Path(name), shards), 10**9) for name in config.text]
+    further = [
+        Plain(_as_parquet(Path(name), shards / f"text-{number}-{Path(name).stem}.parquet"), 10**9)
+        for number, name in enumerate(config.text)
+    ]
     recipe = replace(recipe, plain=[*recipe.plain, *further])
     size = config.vocab_size - len(SPECIAL) - len(SENTINELS)
     shards.mkdir(parents=True, exist_ok=True)
@@ -187,6 +198,29 @@ def _prepare(config: BackboneConfig, shards: Path) -> None:
     check_single_pieces(tokenizer, label_words())
     save_tokenizer(tokenizer, shards)
     prepare(recipe, tokenizer, shards, config.seed)
+    write_json(shards / _PREPARED, _request(config))
+
+
+def _request(config: BackboneConfig) -> dict[str, Any]:
+    """What shards depend on, besides the data."""
+    return {
+        "recipe": sha256(config.labelled) if Path(config.labelled).is_file() else None,
+        "text": [Path(name).name for name in config.text],
+        "vocab_size": config.vocab_size,
+        "teacher": config.teacher != "none",
+        "seed": config.seed,
+    }
+
+
+def _check_prepared(config: BackboneConfig, shards: Path) -> None:
+    """Raises: UserError for shards of another recipe or of other flags."""
+    path = shards / _PREPARED
+    made, asked = read_json(path) if path.is_file() else {}, _request(config)
+    if other := [name for name in asked if made.get(name) != asked[name]]:
+        raise UserError(
+            f"--shards {shards} were prepared with another {other[0].replace('_', ' ')}: pass "
+            "--prepare to make them anew, or another --shards"
+        )
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
@@ -196,8 +230,8 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         yield from (row["text"] for row in read_rows(plain.file, min(plain.documents, 2500)))
 
 
-def _as_parquet(path: Path, folder: Path) -> Path:
-    """A .txt file as Parquet, one document per block of lines."""
+def _as_parquet(path: Path, target: Path) -> Path:
+    """A .txt file as Parquet, one document per block of lines; any other as it is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -205,8 +239,12 @@ def _as_parquet(path: Path, folder: Path) -> Path:
         raise UserError(f"{path}, given by --text, does not exist: correct the path")
     if path.suffix == ".parquet":
         return path
-    blocks = [b.strip() for b in path.read_text("utf-8").split("\n\n") if b.strip()]
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{path.stem}.parquet"
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        place = error.start + 1
+        raise UserError(f"--text {path} is not UTF-8 (byte {place}): convert it") from None
+    blocks = [b.strip() for b in text.split("\n\n") if b.strip()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": blocks}), target)
     return target

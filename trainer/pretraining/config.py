@@ -28,7 +28,7 @@ class BackboneConfig:
     prepare: bool = option(False, help="write the shards and stop")
     resume: bool = option(False, help="go on from the last checkpoint of the same --out")
     steps: int = option(0, help="length of the run in batches; 0: by --minutes", minimum=0)
-    minutes: float = option(80.0, help="length of the run in minutes of training", minimum=0.0)
+    minutes: float = option(80.0, help="length of the run in minutes of training", minimum=0.01)
     vocab_size: int = option(17000, help="pieces, special tokens and sentinels included",
                              minimum=400, maximum=65000)  # fmt: skip
     width: int = option(384, help="d_model; that of the teacher where there is one", minimum=8)
@@ -39,7 +39,7 @@ class BackboneConfig:
     batch_tokens: int = option(1300, help="text tokens in a worker's batch", minimum=64)
     rate: float = option(2e-4, help="AdamW's peak rate for encoder and embeddings; 1e-3 if fresh",
                          minimum=0.0)  # fmt: skip
-    seed: int = option(1, help="of initialisation and data order")
+    seed: int = option(1, help="of initialisation and data order", minimum=0)
     workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
                           "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
     checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)

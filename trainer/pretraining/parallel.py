@@ -7,8 +7,9 @@ mean and the optimizer's step. Sums are taken in a fixed order, so a run repeats
 """
 
 import multiprocessing as mp
+import signal
 from collections.abc import Callable, Sequence
-from threading import BrokenBarrierError
+from multiprocessing.connection import Connection
 from typing import Protocol
 
 import torch
@@ -18,7 +19,6 @@ from serve.errors import Failure
 from trainer.parallel import workers as launched
 
 METRICS = 5  # numbers that a process hands back each step
-_WAIT = 600.0  # seconds after which a process that does not answer counts as dead
 
 # compute(rank, step, done) -> metrics, after gradients were added to the parameters' .grad
 Compute = Callable[[int, int, float], Sequence[float]]
@@ -103,18 +103,20 @@ class Workers:
         device = self.parameters[0].device
         self.gradients = torch.zeros(count, total, device=device)
         self.metrics = torch.zeros(count, METRICS, dtype=torch.float64)
-        self.control = torch.zeros(2, dtype=torch.float64)  # step (-1: end), share done
         self.processes: list[mp.process.BaseProcess] = []
+        self.pipes: list[Connection] = []  # to each process; one that died ends its pipe
         if count > 1:
             for module in modules:
                 module.share_memory()
-            for tensor in (self.gradients, self.metrics, self.control):
+            for tensor in (self.gradients, self.metrics):
                 tensor.share_memory_()
             context = mp.get_context("fork")
-            self.barrier = context.Barrier(count)
             for rank in range(1, count):
-                process = context.Process(target=self._serve, args=(rank,), daemon=True)
+                mine, theirs = context.Pipe()
+                self.pipes.append(mine)
+                process = context.Process(target=self._serve, args=(rank, theirs), daemon=True)
                 process.start()
+                theirs.close()
                 self.processes.append(process)
         self._attach(0)
 
@@ -125,22 +127,21 @@ class Workers:
         """See `Team`: only this process keeps time."""
         return seconds
 
-    def _serve(self, rank: int) -> None:
+    def _serve(self, rank: int, pipe: Connection) -> None:
+        for pipe_of_main in self.pipes:  # with the last copy of its end a pipe ends
+            pipe_of_main.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
         self._attach(rank)
-        try:
-            while True:
-                self.barrier.wait()
-                step, done = self.control.tolist()
-                if step < 0:
-                    return
-                self._compute(rank, int(step), done)
-                self.barrier.wait()
-        except BrokenBarrierError:
-            return  # another process failed and says why
-        except BaseException:
-            self.barrier.abort()  # or the others would wait for this one
-            raise
+        while True:
+            try:
+                task = pipe.recv()
+            except EOFError:  # the main process died
+                return
+            if task is None:
+                return
+            self._compute(rank, *task)
+            pipe.send(None)
 
     def _compute(self, rank: int, step: int, done: float) -> None:
         self.gradients[rank].zero_()
@@ -149,33 +150,23 @@ class Workers:
     def step(self, step: int, done: float) -> Tensor:
         """Gradients of one step: the mean over processes is in `.grad`. Returns the metrics
         [count, METRICS]. Raises Failure if a process died."""
-        self.control[0], self.control[1] = step, done
-        self._meet()
         try:
+            for pipe in self.pipes:
+                pipe.send((step, done))
             self._compute(0, step, done)
-        except BaseException:
-            if self.count > 1:
-                self.barrier.abort()
-            raise
-        self._meet()
+            for pipe in self.pipes:
+                pipe.recv()
+        except (EOFError, ConnectionError):
+            raise Failure("a training process died: start again with --resume") from None
         for rank in range(1, self.count):
             self.gradients[0] += self.gradients[rank]
         if self.count > 1:
             self.gradients[0] /= self.count
         return self.metrics
 
-    def _meet(self) -> None:
-        if self.count == 1:
-            return
-        try:
-            self.barrier.wait(_WAIT)
-        except BrokenBarrierError:
-            raise Failure("a training process died: start again with --resume") from None
-
     def close(self) -> None:
         """End the processes."""
-        if self.count > 1:
-            self.control[0] = -1
-            self._meet()
-            for process in self.processes:
-                process.join()
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join()

@@ -107,7 +107,11 @@ def document_labels(recipe: Recipe, limit: int | None = None) -> list[tuple[str,
 def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
                   ) -> Iterator[tuple[str, dict[str, int], bool, str]]:  # fmt: skip
     """(text, classes, trusted, whole document) for every example of a labelled set."""
-    for row in read_rows(entry.file):
+    rows = read_rows(entry.file)
+    for source, _ in entry.columns.values():
+        if rows and source not in rows[0]:
+            raise UserError(f"{entry.file} has no column '{source}', which the recipe reads")
+    for row in rows:
         classes = {name: _class(row, *spec) for name, spec in entry.columns.items()}
         document = row["text"]
         if not entry.split or document.count(" ") < 24:
@@ -119,13 +123,14 @@ def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
                 parts.append((str(title), True))
         for text, edge in parts:
             if text not in held_out:
-                yield text, classes, edge or not entry.split, document
+                yield text.replace("\n", " "), classes, edge or not entry.split, document
 
 
 def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
                   checker: BagOfWords | None, seed: int) -> Pool:  # fmt: skip
-    """The pool of one labelled set. Sentences of a split document keep polarity, tone and star
-    at the edges, and elsewhere only where the checker agrees with the document by MARGIN."""
+    """The pool of one labelled set. Sentences of a split document keep polarity, tone and star at
+    the edges unless the checker contradicts the document by MARGIN_EDGE, and elsewhere only where
+    it agrees by MARGIN."""
     rng = np.random.default_rng(seed)
     rows = list(labelled_rows(entry, held_out, rng))
     texts = [row[0] for row in rows]

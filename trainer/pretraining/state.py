@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,8 +25,11 @@ class Progress:
 
 
 def save_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-               progress: Progress) -> None:  # fmt: skip
-    """Write weights, optimizer moments, torch's random state and progress to `path`."""
+               progress: Progress, settings: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Write weights, optimizer moments, torch's random state and progress to `path`.
+
+    settings: what must be equal for the run to be continued.
+    """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
@@ -34,17 +38,30 @@ def save_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
         for key, value in entry.items():
             tensors[f"optimizer.{index}.{key}"] = value.detach().clone()
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progress))})
+        metadata = {"progress": asdict(progress), "settings": settings or {}}
+        save_file(tensors, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
 
 
-def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-               ) -> Progress:  # fmt: skip
-    """Read what `save_state` wrote into the same modules; UserError if the file is missing."""
+def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
+               settings: dict[str, Any] | None = None) -> Progress:  # fmt: skip
+    """Read what `save_state` wrote into the same modules.
+
+    Raises:
+        UserError: the file is missing, or the run had other settings.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing to resume, leave --resume out")
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         progress = Progress(**json.loads(file.metadata()["progress"]))
+        before = json.loads(file.metadata().get("settings", "{}"))
+    now = json.loads(json.dumps(settings or {}))
+    if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        name = other[0]
+        raise UserError(
+            f"{path} is of a run with {name} {before.get(name)}, this one has {now.get(name)}: "
+            "resume with the flags of before, or remove the folder to start afresh"
+        )
     torch.set_rng_state(tensors.pop("rng").cpu())
     for name, module in modules.items():
         prefix = f"{name}."

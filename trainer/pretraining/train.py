@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,11 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
           schedule: Schedule, folder: Path, *, resume: bool = False,
           checkpoint_seconds: float = 120.0, report: Callable[[Progress, dict], None] | None = None,
           track: Callable[[Progress], None] | None = None, track_seconds: float = 600.0,
-          workers: int = 1, stop_after: int | None = None) -> Progress:  # fmt: skip
+          workers: int = 1, stop_after: int | None = None,
+          settings: dict[str, Any] | None = None) -> Progress:  # fmt: skip
     """Train until the schedule ends (or, for tests, `stop_after` steps); returns the progress.
+
+    settings: of the run; a checkpoint of others is refused. The number of processes is added.
 
     Writes `state.safetensors` every `checkpoint_seconds` and `log.jsonl` to `folder`.
     """
@@ -133,7 +137,8 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
 
     optimizer = make_optimizer(t5, auxiliary, schedule)
     path = folder / "state.safetensors"
-    progress = load_state(path, modules, optimizer) if resume else Progress()
+    known = {**(settings or {}), "processes": count}
+    progress = load_state(path, modules, optimizer, known) if resume else Progress()
     team = make_team(list(modules.values()), compute, workers)
     last_save = last_track = time.monotonic()
     averages: dict[str, float] = {}
@@ -165,13 +170,13 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
                 log.flush()
             now = time.monotonic()
             if now - last_save > checkpoint_seconds:
-                save_state(path, modules, optimizer, progress)
+                save_state(path, modules, optimizer, progress, known)
                 last_save = time.monotonic()
             if track is not None and now - last_track > track_seconds:
                 track(progress)
                 last_track = time.monotonic()
     if team.main:
-        save_state(path, modules, optimizer, progress)
+        save_state(path, modules, optimizer, progress, known)
     team.close()
     return progress
 

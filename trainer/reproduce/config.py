@@ -31,7 +31,7 @@ class ReproduceConfig:
         help="rows (default: the paper's, and SetFit); words is the template alone, metapt-ppt "
         "is MetaPT from PPT's prompt",
     )
-    seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)")
+    seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0)
     modes: list[str] = option(["full"], help="attention modes; full is the paper's")
     data_dir: str | None = option(None, help="a folder of task files in place of the hub")
     source: str | None = option(
@@ -46,7 +46,9 @@ class ReproduceConfig:
         None, help="source of MetaPT(Y) (default: Yelp-5 with its own labels)", metavar="FILE"
     )
     source_rows: int = option(0, help="rows of a source, balanced by class (0: all)", minimum=0)
-    sizes: list[int] = option([], help="figure 2: samples; figure 3a: source rows; 3b, 4: clusters")
+    sizes: list[int] = option(
+        [], help="figure 2: samples; figure 3a: source rows; 3b, 4: clusters", minimum=2
+    )
     clusters: int = option(10, help="K-means clusters (section 5.1)", minimum=2)
     encoder: str | None = option(None, help="sentence encoder (default: all-MiniLM-L6-v2)")
     limit_eval: int = option(0, help="test rows at most, drawn by seed 0 (0: all)", minimum=0)

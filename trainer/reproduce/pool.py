@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
@@ -105,6 +106,15 @@ def run_jobs(
     executor = ProcessPoolExecutor(count, context, initializer=_begin, initargs=begin)
     try:
         _dispatch(executor, jobs, done)
+    except BrokenProcessPool:
+        raise Failure(
+            "a worker process died, perhaps for want of memory: the same command goes on where it "
+            "was; with fewer --jobs it takes less"
+        ) from None
+    except BaseException:  # SIGTERM, Ctrl-C: a start may have hours to go, and has its checkpoint
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,8 +208,3 @@ def _measure(backbone: Backbone, record: TaskRecord, params: Any, test: Examples
         result = evaluate(backbone, record, params, test)
     kept = ("accuracy", "macro_f1", "calibration_error", "loss", "rows")
     return {key: result[key] for key in kept}
-
-
-def source_paths(sources: dict[str, Path]) -> dict[str, str]:
-    """Digest -> path as text, which a worker process can be sent."""
-    return {digest: str(path) for digest, path in sources.items()}
