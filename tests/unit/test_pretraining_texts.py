@@ -97,22 +97,19 @@ def test_pick_keeps_the_edges() -> None:
         assert texts[-1].endswith("We will never, ever come back again.")
 
 
-def test_pick_joins_neighbours_half_of_the_time() -> None:
+def test_pick_joins_the_next_sentence_one_time_in_four() -> None:
     long = " ".join(f"Sentence number {i} has just six words." for i in range(30))
     parts = sentences(long)
     alone = joined = 0
-    for seed in range(100):
+    for seed in range(200):
         for text, edge in pick(long, np.random.default_rng(seed), middle=2):
             found = sentences(text)
             start = parts.index(found[0])
-            assert found == parts[start : start + len(found)]  # neighbours, in their order
-            if len(found) == 1:
-                assert edge == (start in (0, 28, 29))
-            assert len(text.split()) <= 41  # as many whole ones as the room takes, 20 to 41 words
-            alone += len(found) == 1
-            joined += len(found) > 1
-            assert len(found) in (1, 2, 3, 4, 5)
-    assert 0.4 < joined / (alone + joined) < 0.6
+            assert found == parts[start : start + len(found)]
+            assert edge == (start in (0, 28, 29))
+            alone += len(found) == 1 and start < 29  # the last has no next
+            joined += len(found) == 2
+    assert 0.2 < joined / (alone + joined) < 0.3
 
 
 def test_only_edges_and_agreeing_sentences_inherit_a_label(tmp_path: Path) -> None:
@@ -137,9 +134,7 @@ def test_only_edges_and_agreeing_sentences_inherit_a_label(tmp_path: Path) -> No
     pool = labelled_pool(entry, tokenizer, HeldOut([]), cast(BagOfWords, checker), seed=0)
     middles = np.array([pool.text(i)[0] == vocabulary["Alpha"] for i in range(len(pool))])
     stars, polarity = pool.columns["star"], pool.columns["polarity"]
-    # Of a sad review nothing is kept that sounds glad, of a glad one everything. A review without
-    # a verdict keeps its star at the edges only.
-    assert set(stars[~middles].tolist()) == {-1, 1, 4}
-    assert set(polarity[~middles].tolist()) == {-1, 1}
+    # Edges keep what the review says; of the middles only those of the glad review do.
+    assert set(stars[~middles].tolist()) >= {0, 1, 4}
     assert set(stars[middles].tolist()) == {-1, 4}
     assert set(polarity[middles].tolist()) == {-1, 1}

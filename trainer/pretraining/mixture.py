@@ -22,7 +22,7 @@ from trainer.pretraining.shards import Pool
 from trainer.pretraining.wordings import QUESTIONS, SENTINEL, TEMPLATE, Question
 
 BANDS = (8, 12, 16, 20, 26, 34, 48)  # tokens of a text; a batch takes one band, +- 25 %
-BAND_SHARES = (0.1, 0.13, 0.17, 0.19, 0.17, 0.13, 0.11)
+BAND_SHARES = (0.13, 0.16, 0.2, 0.2, 0.15, 0.1, 0.06)
 FIRST_PIECE = 103  # ids below are special tokens and sentinels
 LONG = 18  # tokens from which a text counts as long
 GROUPS = 8  # soft prompts in one batch

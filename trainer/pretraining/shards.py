@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 64  # of a labelled text: the tasks are sentences of about 20 words
 SPAN_TOKENS = 48  # of a plain window for span corruption
-MARGIN = 1.0  # log odds by which the bag of words must agree with an inherited label
-MARGIN_EDGE = 0.5  # log odds by which it must contradict a label at an edge to drop it
+MARGIN = 0.4  # log odds by which the bag of words must agree with an inherited label
 MARGIN_WHOLE = 0.7  # log odds by which it must contradict the label of a whole text to drop it
 
 
@@ -128,9 +127,8 @@ def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
 
 def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
                   checker: BagOfWords | None, seed: int) -> Pool:  # fmt: skip
-    """The pool of one labelled set. Sentences of a split document keep polarity, tone and star at
-    the edges unless the checker contradicts the document by MARGIN_EDGE, and elsewhere only where
-    it agrees by MARGIN."""
+    """The pool of one labelled set. Sentences of a split document keep polarity, tone and star
+    at the edges, and elsewhere only where the checker agrees with the document by MARGIN."""
     rng = np.random.default_rng(seed)
     rows = list(labelled_rows(entry, held_out, rng))
     texts = [row[0] for row in rows]
@@ -144,7 +142,7 @@ def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
         sign = np.where(columns["polarity"] == 1, 1.0, -1.0)
         trusted = np.array([row[2] for row in rows])
         # A bag of words misreads negation and irony, which is what the edges are kept to teach.
-        bar = np.where(trusted, -MARGIN_EDGE if entry.split else -MARGIN_WHOLE, MARGIN)
+        bar = np.where(trusted, -np.inf if entry.split else -MARGIN_WHOLE, MARGIN)
         doubtful = (columns["polarity"] >= 0) & (sign * odds < bar)
         # Of a review without a verdict, no word says which sentence has its star.
         doubtful |= ~trusted & (columns["polarity"] < 0) & (columns["tone"] < 0)

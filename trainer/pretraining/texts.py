@@ -55,8 +55,8 @@ def pick(document: str, rng: np.random.Generator, middle: int, low: int = 3, hig
     """First, last and up to `middle` other sentences of a review, as (sentence, at an edge).
 
     Opinions are summed up at the edges of a review, so the review's label is cleaner there.
-    Only pieces of low to high words; half of the time neighbours are joined to a sentence, with
-    line feeds, so that `sentences` gives back what was joined.
+    Only pieces of low to high words; one time in four the next sentence is joined to it, with a
+    line feed, so that `sentences` gives back what was joined.
     """
     found = sentences(document)
     if not found:
@@ -66,14 +66,9 @@ def pick(document: str, rng: np.random.Generator, middle: int, low: int = 3, hig
     chosen = sorted(edges | set(rng.permutation(others)[:middle].tolist()))
     result = []
     for i in chosen:
-        # Half of them alone, half with their neighbours: what a review says is surer in 30 words
-        # than in 12.
-        room = int(rng.integers(20, 42)) if rng.random() < 0.5 else 0
-        step = -1 if i == len(found) - 1 and i else 1
-        text, j = found[i], i + step
-        while 0 <= j < len(found) and len(text.split()) + len(found[j].split()) <= room:
-            text = f"{text}\n{found[j]}" if step > 0 else f"{found[j]}\n{text}"
-            j += step
+        text = found[i]
+        if i + 1 < len(found) and rng.random() < 0.25:
+            text = f"{text}\n{found[i + 1]}"
         if low <= len(text.split()) <= high:
             result.append((text, i in edges))
     return result
