@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
 from serve.errors import UserError
-from trainer import options
 from trainer.configs import FinetuneConfig
 from trainer.parallel import Workers
 from trainer.sharding import Shards, divide
@@ -120,7 +119,7 @@ def test_full_tuning_of_a_divided_backbone_is_refused(
 ) -> None:
     team = Workers()
     team.shards = Shards(0, 2, lambda tensor: tensor)
-    monkeypatch.setattr(options, "workers", lambda: team)
+    monkeypatch.setattr("trainer.parallel.workers", lambda: team)
     config = FinetuneConfig(backbone=str(tiny_t5), out="out")
     with pytest.raises(UserError, match="full tuning trains the backbone's weights"):
         config.load_backbone(trainable=True)
