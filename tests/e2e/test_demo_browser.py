@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ pytest.importorskip("selenium", reason="no browser: pip install selenium, and ch
 
 from demo_page import browser, export_tiny, served_page
 from demo_screen import Screen
+
+from demo.tabs.many import write_csv
 
 pytestmark = pytest.mark.browser
 
@@ -105,8 +108,15 @@ def test_an_empty_field_gets_a_sentence_beside_it(screen: Screen) -> None:
 
 
 def test_many_texts_are_classified_sorted_and_filtered(
-    page: tuple[str, Any], screen: Screen
+    page: tuple[str, Any], screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written: list[Path] = []
+
+    def write(*arguments: Any) -> str:
+        written.append(Path(write_csv(*arguments)))
+        return str(written[0])
+
+    monkeypatch.setattr("demo.tabs.many.write_csv", write)
     texts = ["good film", "awful food", "the room was okay"]
     screen.tab("Many texts")
     screen.type("#many-text textarea", "\n".join(texts))
@@ -120,7 +130,14 @@ def test_many_texts_are_classified_sorted_and_filtered(
     assert not screen.all("#many-problem")[0:1] or not screen.text("#many-problem")
     screen.type("#many-contains textarea, #many-contains input", "food")
     screen.until(lambda: "1 of 3 rows" in screen.text("#many-where"), "the filter")
-    assert screen.all("#many-download")[0].is_displayed()
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    screen.window.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    screen.click("#many-download")
+    # From Gradio's copy: what was written is gone by now.
+    files = screen.until(lambda: list(tmp_path.glob("*.csv")), "the download")
+    with files[0].open(encoding="utf-8", newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == texts
+    assert len(written) == 1 and not written[0].parent.exists()
 
 
 def test_teaching_serves_a_task_that_answers_right(
