@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -47,3 +51,18 @@ def cut_note(room: Room, session: str, name: str) -> str:
     """What stands beside the answer to a text that was cut."""
     read = room.classifier.encoder.room(room.task(session, name))
     return f"Of this text the first {read} tokens were read; the rest was left out."
+
+
+def in_batches(count: int) -> str:
+    """How many batches something ran in, in words."""
+    return "one batch" if count == 1 else f"{count} batches"
+
+
+@contextmanager
+def handed_over(path: str) -> Iterator[str]:
+    """A file in a folder of its own, for the length of the `yield` that shows it: Gradio copies it
+    then, and the folder goes, also when the visitor leaves or stops."""
+    try:
+        yield path
+    finally:
+        shutil.rmtree(Path(path).parent, ignore_errors=True)

@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar
+from typing import ClassVar
 
 from serve.cli import Command, main, option
 from serve.errors import UserError, install
+from serve.files import text_lines
 from serve.latency import LatencyConfig, run_latency
 from serve.options import (
     ClusterConfig,
@@ -64,23 +65,6 @@ class InfoConfig:
     examples: ClassVar[list[str]] = ["bundle", "bundle --json"]
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a byte stream without their ends.
-
-    Raises:
-        UserError: a line is not UTF-8; it names the line.
-    """
-    for number, line in enumerate(stream, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"line {number} of the input is not UTF-8 (byte {error.start + 1}): convert it, "
-                "for example with iconv -f latin1 -t utf-8"
-            ) from None
-        yield text.removesuffix("\n").removesuffix("\r")
-
-
 def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     try:
@@ -106,7 +90,7 @@ def run_classify(config: ClassifyConfig) -> None:
         raise UserError(f"--task is missing: the bundle has {', '.join(classifier.tasks)}")
     task = config.task or next(iter(classifier.tasks))
     classifier.task(task)
-    for chunk in _chunks(_lines(sys.stdin.buffer)):
+    for chunk in _chunks(text_lines(sys.stdin.buffer, "the input")):
         for result in classifier.classify(chunk, task):
             answer = {
                 "label": result.label,

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve.errors import Failure, UserError
 
@@ -124,3 +124,20 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def text_lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    """The lines of a byte stream without their ends; `name` is what errors call it.
+
+    Raises:
+        UserError: a line is not UTF-8; it names the line.
+    """
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"line {number} of {name} is not UTF-8 (byte {error.start + 1}): convert it, "
+                "for example with iconv -f latin1 -t utf-8"
+            ) from None
+        yield text.removesuffix("\n").removesuffix("\r")

@@ -14,6 +14,7 @@ import numpy as np
 
 from serve.cli import option
 from serve.errors import UserError
+from serve.files import text_lines
 from serve.options import ModelConfig, make_classifier
 
 # Of 6 to 40 words, for want of the user's own.
@@ -92,13 +93,10 @@ def read_texts(path: str | None) -> list[str]:
     if path is None:
         return list(TEXTS)
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        with Path(path).open("rb") as file:
+            texts = [line for line in text_lines(file, f"--texts {path}") if line.strip()]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--texts {path} is no file: pass one with a text on each line") from None
-    except UnicodeDecodeError as error:
-        place = error.start + 1
-        raise UserError(f"--texts {path} is not UTF-8 (byte {place}): convert it") from None
-    texts = [line for line in lines if line.strip()]
     if not texts:
         raise UserError(f"--texts {path} is empty: pass a file with a text on each line")
     return texts

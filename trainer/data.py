@@ -106,7 +106,8 @@ def load_examples(
     # The split column is optional, so it is looked for only when a split is asked for.
     for place, row in iterate_rows(path, wanted, keep_all=split is not None):
         rows.append((place, {name: row.get(name) for name in wanted}))
-        marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
+        if split is not None:
+            marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
     if not rows:
         raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
     texts = [row_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]

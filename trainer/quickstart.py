@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serve.bundle import MODES
 from serve.cli import as_json, option
 from serve.files import atomic_write, write_json
 from trainer.data import Examples, load_task, normalise
@@ -46,7 +47,7 @@ class QuickstartConfig:
 
     out: str = option("runs/quickstart", help="folder of everything that is made")
     backbone: str = option("mini", help="a Hugging Face id, a folder, or mini, which ships")
-    mode: str = option("prefix", choices=("full", "prefix", "deep"), help="attention mode")
+    mode: str = option("prefix", choices=MODES, help="attention mode")
     prompt_tokens: int = option(20, help="P; the paper's 100 take longer to train", minimum=1)
     sentences: int = option(800, help="pseudo-labelled sentences kept of each class", minimum=50)
     clusters: int = option(6, help="K-means clusters (the paper's 10)", minimum=2)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from demo.compare import compare, table
-from demo.parts import FAST, KNOWN, problem, say, session_of
+from demo.parts import FAST, KNOWN, in_batches, problem, say, session_of
 from demo.samples import samples
 from demo.state import MAX_TEXT, Room
 
@@ -46,7 +46,7 @@ def build(room: Room) -> CompareTab:
         except KNOWN as error:
             return "", "", old, say(error)
         count = sum(len(row) for row in found.answers.values())
-        times = "one batch" if found.batches == 1 else f"{found.batches} batches"
+        times = in_batches(found.batches)
         line = f"{count} prompts, {times} of mixed tasks: {found.milliseconds:.1f} ms"
         if any(result.truncated for row in found.answers.values() for result in row.values()):
             line += ". The text is longer than some of them read; its end was left out there."

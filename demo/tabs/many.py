@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from demo.parts import KNOWN, SLOW, problem, say, session_of, task_switch
+from demo.parts import KNOWN, SLOW, handed_over, problem, say, session_of, task_switch
 from demo.state import MAX_TEXT, Room
 from demo.table import ORDERS, TEXT_NAMES, read_lines, read_sheet, view
 
@@ -195,16 +194,15 @@ def build(room: Room) -> ManyTab:
                     line += f"; of {cut:,} only the beginning was read"
                 labels = room.task(session, name).labels
                 colours = dict(zip(labels, _COLOURS * 9, strict=False))
-                path = write_csv(table, name)
-                yield (
-                    line, table,
-                    gr.update(value=counts, visible=True, y_lim=[0, int(counts["rows"].max())]),
-                    gr.update(value=spread, visible=True, color_map=colours),
-                    gr.update(value=path, visible=True),
-                    gr.update(visible=True), gr.update(choices=[_ALL, *labels], value=_ALL), 1,
-                    say(None),
-                )  # fmt: skip
-                shutil.rmtree(Path(path).parent)  # Gradio has its copy, for an hour
+                with handed_over(write_csv(table, name)) as path:
+                    yield (
+                        line, table,
+                        gr.update(value=counts, visible=True, y_lim=[0, int(counts["rows"].max())]),
+                        gr.update(value=spread, visible=True, color_map=colours),
+                        gr.update(value=path, visible=True),
+                        gr.update(visible=True), gr.update(choices=[_ALL, *labels], value=_ALL), 1,
+                        say(None),
+                    )  # fmt: skip
         except KNOWN as error:
             yield ("", None, hidden, hidden, hidden, hidden, gr.skip(), 1, say(error))
 

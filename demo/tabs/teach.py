@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 
 from demo import lesson as sample
-from demo.parts import KNOWN, plain, problem, say, session_of
+from demo.parts import KNOWN, handed_over, plain, problem, say, session_of
 from demo.state import Room, Visitor
 from demo.table import LABEL_NAMES, TEXT_NAMES, read_sheet
 from demo.teach import (
@@ -253,18 +251,17 @@ def build(room: Room) -> TeachTab:
         except KNOWN as error:
             yield idle("Not taught.", error)
             return
-        path = write_zip(lessons.prompts[lessons.winner()])
-        yield (
-            f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
-            + result_line(lessons, right, runs),
-            *[gr.update(value=table, visible=True) for table in (points, curve)],
-            gr.update(value=path, visible=True),
-            lesson.name,
-            on,
-            off,
-            say(None),
-        )
-        shutil.rmtree(Path(path).parent)  # Gradio has its copy, for an hour
+        with handed_over(write_zip(lessons.prompts[lessons.winner()])) as path:
+            yield (
+                f"“{plain(lesson.name)}” is served now: choose it in any tab.\n\n"
+                + result_line(lessons, right, runs),
+                *[gr.update(value=table, visible=True) for table in (points, curve)],
+                gr.update(value=path, visible=True),
+                lesson.name,
+                on,
+                off,
+                say(None),
+            )
 
     def serve(session: str, visitor: Visitor, lesson: Lesson, lessons: Lessons) -> int:
         """Serve what has been learned; returns how many held-out examples the graph gets right."""

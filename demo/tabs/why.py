@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from demo.html import escape, facts, grid
-from demo.parts import FAST, KNOWN, cut_note, problem, say, session_of, task_switch
+from demo.parts import FAST, KNOWN, cut_note, in_batches, problem, say, session_of, task_switch
 from demo.samples import samples
 from demo.state import MAX_TEXT, Room
 from demo.why import coloured, explain, ranking
@@ -56,7 +56,7 @@ def build(room: Room) -> WhyTab:
             f'<p class="key"><span class="for">for {label}</span>'
             f'<span class="against">against {label}</span></p>'
         )
-        times = "one batch" if found.batches == 1 else f"{found.batches} batches"
+        times = in_batches(found.batches)
         numbers = facts(
             [
                 (found.result.label, f"with {found.result.score:.0%}"),

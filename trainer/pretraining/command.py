@@ -42,6 +42,7 @@ from trainer.pretraining.vocabulary import (
 )
 from trainer.pretraining.wordings import label_words
 from trainer.t5 import FrozenT5
+from trainer.tables import decoded_lines
 
 logger = logging.getLogger(__name__)
 _PREPARED = "prepared.json"  # in the folder of the shards
@@ -239,11 +240,7 @@ def _as_parquet(path: Path, target: Path) -> Path:
         raise UserError(f"{path}, given by --text, does not exist: correct the path")
     if path.suffix == ".parquet":
         return path
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        place = error.start + 1
-        raise UserError(f"--text {path} is not UTF-8 (byte {place}): convert it") from None
+    text = "\n".join(line.rstrip("\r\n") for line in decoded_lines(path))
     blocks = [b.strip() for b in text.split("\n\n") if b.strip()]
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": blocks}), target)
