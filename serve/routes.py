@@ -53,11 +53,16 @@ def make_routes(app: App, admin_token: str | None) -> FastAPI:
         debug=False,
     )
 
-    async def on_error(_: Request, error: Exception) -> Response:
+    async def on_error(request: Request, error: Exception) -> Response:
         """JSON for what the routes raise; `App` logs what is neither of the first two."""
         if isinstance(error, HTTPException):
-            headers = dict(error.headers) if error.headers else None
-            return _json({"error": str(error.detail)}, error.status_code, headers)
+            headers = dict(error.headers) if error.headers else {}
+            detail, path = str(error.detail), request.url.path[:100]
+            if error.status_code == 405:
+                detail = f"{path} takes {headers.get('Allow', 'another method')}"
+            elif detail == "Not Found":  # the framework's own word for a path that no route has
+                detail = f"nothing is at {path}: /docs lists the routes"
+            return _json({"error": detail}, error.status_code, headers)
         if isinstance(error, RequestError):
             return _json({"error": str(error)}, error.status)
         return _json({"error": INTERNAL}, 500)
