@@ -189,7 +189,8 @@ def build(room: Room) -> ManyTab:
                     yield (line, *[gr.skip()] * 7, say(None))
                     continue
                 counts, spread = distributions(table)
-                line = f"{done:,} texts in {seconds:.1f} s: {rate:,.0f} a second"
+                spent = f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+                line = f"{done:,} texts in {spent}: {rate:,.0f} a second"
                 if cut := int(table["cut"].sum()):
                     line += f"; of {cut:,} only the beginning was read"
                 labels = room.task(session, name).labels
