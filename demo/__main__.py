@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 
 from serve.cli import Command, option, prepare, run
@@ -89,8 +90,11 @@ def run_demo(config: DemoConfig) -> int:
     if config.port is not None:
         check_port(config.host, config.port)
     bundle = find_bundle(config.bundle)  # it may be made while the page's libraries load
+    from gradio.tunneling import CURRENT_TUNNELS
+
     from demo.app import build_page, open_page
     from demo.state import Limits, Room
+    from demo.teach import LESSON
     from serve.classifier import Classifier
 
     classifier = Classifier(bundle(), config.precision, threads=config.threads, spin=False)
@@ -107,8 +111,18 @@ def run_demo(config: DemoConfig) -> int:
     except OSError as error:  # Gradio has no finer kind for a port that was taken meanwhile
         raise Failure(f"cannot listen on {config.host} ({error}): pass another --port") from None
     log.info("ready on %s%s", local, f" and {public}" if public else "")
-    page.block_thread()
-    return 0
+    code = 0
+    try:
+        page.block_thread()  # returns after Ctrl-C
+    except SystemExit as end:  # SIGTERM
+        code = int(end.code or 0)
+    if any(thread.name == LESSON for thread in threading.enumerate()):
+        # It may be inside torch, which aborts when Python takes the interpreter down under it.
+        for tunnel in CURRENT_TUNNELS:
+            tunnel.kill()
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ ROWS = 16  # a step; half of appendix A.4's 32 reached the same loss in as many 
 RATE = 1e-2
 SEED = 1
 MAX_TOKENS = 128  # of an example
+LESSON = "teach"  # name of the thread of a lesson
 RUNS = ("best", "words", "random")  # the starts of a lesson, in their order
 
 
@@ -319,7 +320,7 @@ def _study_one(
         except Exception as error:  # it is raised again in the visitor's thread, below
             out.put(error)
 
-    worker = threading.Thread(target=work, name="teach", daemon=True)
+    worker = threading.Thread(target=work, name=LESSON, daemon=True)
     worker.start()
     try:
         while True:

@@ -80,13 +80,13 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
                 _sync(entry)
         if path.exists():
             aside = _sibling(path)
-            os.rename(path, aside)
-            try:
+            try:  # SIGTERM raises between any two steps, also right after one that went well
+                os.rename(path, aside)
                 os.rename(temporary, path)
-            except BaseException:  # SIGTERM too: the new one is about to be removed
-                os.rename(aside, path)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                if aside.exists() and not path.exists():
+                    os.rename(aside, path)
+                shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(temporary, path)
         _sync(path.parent)

@@ -54,6 +54,8 @@ def serve_forever(
     Raises:
         Failure: the address cannot be listened on.
     """
+    # Until uvicorn's handlers stand: filling the bank takes seconds and leaves nothing half-made.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     disable_created_metrics()  # a second series for each counter that nobody reads
     app = App(classifier, limits, admin_token)
     last = _LastAnswers(app)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ httpx = pytest.importorskip("httpx")
 
 TEXT = "the film was very long and great"
 TIMEOUT = {"timeout": 120}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,39 @@ def test_only_the_flag_opens_a_public_address(
         run_demo(DemoConfig(bundle=str(bundle), share=share, threads=1))
     assert given["share"] is share and given["server_name"] == "127.0.0.1"
     assert ("whoever has the address" in caplog.text) is share
+
+
+TAUGHT = """
+import os, signal, sys, threading
+import torch
+import demo.__main__, demo.app
+from demo.teach import LESSON
+
+opened = demo.app.open_page
+
+def lesson():
+    weights = torch.randn(300, 300, requires_grad=True)
+    for step in range(10**6):
+        torch.autograd.grad((weights @ weights).tanh().sum(), weights)
+        if step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+def open_page(page, room, **settings):
+    found = opened(page, room, **settings)
+    threading.Thread(target=lesson, name=LESSON, daemon=True).start()
+    return found
+
+demo.app.open_page = open_page
+sys.exit(demo.__main__.main())
+"""
+
+
+def test_sigterm_during_a_lesson_ends_the_process_in_order(bundle: Path) -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, "-c", TAUGHT, str(bundle), "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "ready on http" in done.stderr and "terminate" not in done.stderr
 
 
 def test_a_port_in_use_is_one_line(bundle: Path) -> None:

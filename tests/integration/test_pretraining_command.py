@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from serve.errors import UserError
 from trainer.backbone import load_backbone
+from trainer.pretraining.command import run_backbone
+from trainer.pretraining.config import BackboneConfig
 
 GOOD = "lovely charming superb touching bright honest".split()
 BAD = "dull clumsy noisy tedious lifeless shallow".split()
@@ -85,6 +89,11 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
     assert more.returncode == 0, more.stderr
     with safe_open(tmp_path / "tiny.run" / "state.safetensors", "pt") as file:
         assert '"step": 5' in file.metadata()["progress"]
+    # The same flags over shards whose pieces are numbered otherwise, as preparing anew may do it.
+    tokenizer = tmp_path / "shards" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8") + "\n", "utf-8")
+    anew = backbone(data, tmp_path, "--steps", "6", "--workers", "2", "--resume")
+    assert anew.returncode == 2 and "tokenizer" in anew.stderr
 
 
 def test_launched_processes_take_the_steps_of_forked_ones(data: Path, tmp_path: Path) -> None:
@@ -115,3 +124,22 @@ def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:
     done = backbone(data, tmp_path)
     assert done.returncode == 2 and "holds other files" in done.stderr
     assert not list((tmp_path / "shards").iterdir())  # said before the work
+
+
+def test_preparing_that_ends_early_leaves_nothing_that_looks_done(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BackboneConfig(
+        data_dir=str(data), labelled=str(data / "recipe.toml"), shards=str(tmp_path / "shards"),
+        out=str(tmp_path / "tiny"), vocab_size=500, prepare=True,
+    )  # fmt: skip
+    run_backbone(config)
+
+    def ended(*_: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("trainer.pretraining.command.prepare", ended)
+    with pytest.raises(SystemExit):
+        run_backbone(config)
+    with pytest.raises(UserError, match="pass --prepare"):
+        run_backbone(replace(config, prepare=False))

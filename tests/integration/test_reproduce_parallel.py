@@ -16,6 +16,8 @@ from reproduce_toy import write_source, write_task
 from serve.errors import Failure
 from trainer.reproduce.command import run_reproduce
 from trainer.reproduce.config import ReproduceConfig
+from trainer.reproduce.pool import Job, run_jobs
+from trainer.reproduce.work import Surroundings
 
 
 def accuracies(path: Path) -> dict[tuple[str, str], str]:
@@ -56,6 +58,25 @@ def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path)
                 ppt_rate=1e-9, device="cpu", jobs=2, threads=1,
             )
         )  # fmt: skip
+
+
+def fail_or_write(settings: dict[str, str]) -> None:
+    """A job: the one without a file fails as no job is meant to, the other takes longer."""
+    if "file" not in settings:
+        raise RuntimeError("out of memory")
+    time.sleep(2)
+    Path(settings["file"]).write_text("done")
+
+
+def test_a_job_that_breaks_leaves_the_others_to_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.reproduce.pool._work", fail_or_write)
+    jobs = [Job({}), Job({"file": str(tmp_path / "other")})]
+    where = Surroundings(str(tmp_path), "mini", "cpu", None, {}, None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_jobs(jobs, where, count=2, threads=1, done=lambda *_: None)
+    assert (tmp_path / "other").read_text() == "done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -189,6 +189,32 @@ def test_a_batch_that_hangs_is_answered_counted_and_does_not_keep_the_process(
         assert "Traceback" not in process.popen.stderr.read()
 
 
+FILLS = """
+import threading
+from serve.__main__ import COMMANDS
+from serve.classifier import Classifier
+from serve.cli import main
+
+def warm(self):
+    print("filling", flush=True)
+    threading.Event().wait()
+
+Classifier.warm = warm
+main("fills", "", COMMANDS)
+"""
+
+
+def test_sigterm_while_the_bank_is_filled_ends_it_at_once(folder: Path) -> None:
+    command = [sys.executable, "-c", FILLS, "http", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "filling\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
 def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> None:
     folder = toy.make_bundle(tmp_path / "b")
     toy.add(folder, "spare", ["n", "p"], ["bad", "good"], toy.prompt_of(50))

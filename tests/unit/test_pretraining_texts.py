@@ -65,9 +65,16 @@ def test_a_held_out_sentence_is_found_in_whatever_is_joined(tmp_path: Path) -> N
             assert "total mess" not in text and "\n" not in text
             count += 1
     assert count > 40
-    pq.write_table(pa.table({"text": [document], "stars": [0]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet has no column 'label'"):
-        list(labelled_rows(entry, held, np.random.default_rng(0)))
+
+
+def test_a_column_that_a_file_lacks_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "stars": [0]}), tmp_path / "a.parquet")
+    (tmp_path / "recipe.toml").write_text(
+        '[[labelled]]\nname = "a"\nfile = "a.parquet"\n'
+        'columns = { polarity = ["label", { 0 = 0, 1 = 1 }] }\n'
+    )
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'label', which .*recipe\.toml"):
+        load_recipe(tmp_path / "recipe.toml", tmp_path)
 
 
 def test_labelled_rows_leave_held_out_sentences_out(tmp_path: Path) -> None:

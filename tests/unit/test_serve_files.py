@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,25 @@ def test_a_relative_folder_is_replaced_whole(
             (folder / text).write_text(text)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_signal_right_after_a_step_leaves_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The handler of SIGTERM raises as soon as the call that was under way has returned."""
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "old").write_text("old")
+    rename, calls = os.rename, []
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        calls.append(target)
+        if len(calls) == step:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with pytest.raises(SystemExit), atomic_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found == {"out", "out/old" if step == 1 else "out/new"}

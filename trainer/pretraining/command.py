@@ -121,7 +121,8 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
         train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
               checkpoint_seconds=config.checkpoint_seconds, report=report,
               track=watch if probes else None, workers=workers,
-              settings={name: getattr(config, name) for name in _SAME})  # fmt: skip
+              settings={**{name: getattr(config, name) for name in _SAME},
+                        "tokenizer": _vocabulary(config)})  # fmt: skip
 
 
 def start_model(
@@ -197,6 +198,8 @@ def _prepare(config: BackboneConfig, shards: Path) -> None:
         pieces = choose_pieces(_texts(recipe), theirs, size, label_words())
     tokenizer = build_tokenizer(pieces)
     check_single_pieces(tokenizer, label_words())
+    # The pools that may stand there are of another vocabulary from here on.
+    (shards / _PREPARED).unlink(missing_ok=True)
     save_tokenizer(tokenizer, shards)
     prepare(recipe, tokenizer, shards, config.seed)
     write_json(shards / _PREPARED, _request(config))
@@ -211,6 +214,11 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "teacher": config.teacher != "none",
         "seed": config.seed,
     }
+
+
+def _vocabulary(config: BackboneConfig) -> str:
+    """Hash of the shards' tokenizer: prepared anew, its pieces may be numbered otherwise."""
+    return sha256(Path(config.shards) / "tokenizer.json")
 
 
 def _check_prepared(config: BackboneConfig, shards: Path) -> None:

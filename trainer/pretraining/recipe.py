@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from serve.errors import UserError
 
 COLUMNS = ("polarity", "tone", "star", "subjective", "genre", "ware", "follows")
@@ -70,6 +72,11 @@ def load_recipe(path: Path, folder: Path) -> Recipe:
     for file in [e.file for e in labelled] + [e.file for e in plain] + recipe.held_out:
         if not file.is_file():
             raise UserError(f"{file}, named by {path}, is missing: correct --data-dir")
+    for entry in labelled:
+        there = pq.read_schema(entry.file).names
+        for source in ("text", *(source for source, _ in entry.columns.values())):
+            if source not in there:
+                raise UserError(f"{entry.file} has no column '{source}', which {path} reads")
     return recipe
 
 

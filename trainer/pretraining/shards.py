@@ -106,11 +106,7 @@ def document_labels(recipe: Recipe, limit: int | None = None) -> list[tuple[str,
 def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
                   ) -> Iterator[tuple[str, dict[str, int], bool, str]]:  # fmt: skip
     """(text, classes, trusted, whole document) for every example of a labelled set."""
-    rows = read_rows(entry.file)
-    for source, _ in entry.columns.values():
-        if rows and source not in rows[0]:
-            raise UserError(f"{entry.file} has no column '{source}', which the recipe reads")
-    for row in rows:
+    for row in read_rows(entry.file):
         classes = {name: _class(row, *spec) for name, spec in entry.columns.items()}
         document = row["text"]
         if not entry.split or document.count(" ") < 24:

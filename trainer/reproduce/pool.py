@@ -111,7 +111,7 @@ def run_jobs(
             "a worker process died, perhaps for want of memory: the same command goes on where it "
             "was; with fewer --jobs it takes less"
         ) from None
-    except BaseException:  # SIGTERM, Ctrl-C: a start may have hours to go, and has its checkpoint
+    except (SystemExit, KeyboardInterrupt):  # a start may have hours to go, and has its checkpoint
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
