@@ -85,6 +85,8 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
     assert again.returncode == 2 and "--resume" in again.stderr
     other = backbone(data, tmp_path, "--steps", "5", "--workers", "2", "--resume", "--seed", "2")
     assert other.returncode == 2 and "prepared with another seed" in other.stderr
+    less = backbone(data, tmp_path, "--workers", "2", "--resume", "--without", "full")
+    assert less.returncode == 2 and "of a run with without [], this one has ['full']" in less.stderr
     more = backbone(data, tmp_path, "--steps", "5", "--workers", "2", "--resume")
     assert more.returncode == 0, more.stderr
     with safe_open(tmp_path / "tiny.run" / "state.safetensors", "pt") as file:
@@ -124,6 +126,9 @@ def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:
     done = backbone(data, tmp_path)
     assert done.returncode == 2 and "holds other files" in done.stderr
     assert not list((tmp_path / "shards").iterdir())  # said before the work
+    done = backbone(data, tmp_path, "--out", str(tmp_path / "new"),
+                    "--without", "words", "prefix", "full", "span")  # fmt: skip
+    assert done.returncode == 2 and "--without leaves no kind of batch" in done.stderr
 
 
 def test_preparing_that_ends_early_leaves_nothing_that_looks_done(

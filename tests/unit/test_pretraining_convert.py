@@ -1,10 +1,17 @@
 """The closed-form conversion: exact where T5 can express BERT, close where it cannot."""
 
+import numpy as np
+import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import BertConfig, BertModel
 
+from trainer.pretraining.command import start_model
+from trainer.pretraining.config import BackboneConfig
 from trainer.pretraining.convert import convert, ridge
 from trainer.pretraining.model import new_model
+from trainer.pretraining.shards import Pool
 from trainer.pretraining.teacher import Teacher
 
 VOCABULARY, WIDTH = 300, 32
@@ -90,3 +97,20 @@ def test_student_is_close_on_new_texts_without_a_gradient_step() -> None:
         cosines.append(float(cosine[mask.bool()].mean()))
     assert cosines[0] > 0.8
     assert abs(cosines[1]) < 0.2
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_the_run_begins_from_the_teacher_unless_told_otherwise(converted: bool) -> None:
+    teacher = make_teacher(2)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(103, VOCABULARY, 600).astype(np.uint16)
+    pools = {"texts": Pool("texts", tokens, np.arange(0, 601, 10), {})}
+    vocabulary = {str(number): number for number in range(VOCABULARY)}
+    config = BackboneConfig(out="", width=WIDTH, layers=2, heads=4, feed_forward=64,
+                            convert=converted)  # fmt: skip
+    model = start_model(config, Tokenizer(WordLevel(vocabulary, "0")), teacher, pools)
+    ours = model.shared.weight.detach()[103:]
+    theirs = teacher.bert.embeddings.word_embeddings.weight.detach()[103:]
+    # Which pieces are near each other says whose embeddings they are, whatever their scale.
+    both = torch.stack([torch.pdist(ours), torch.pdist(theirs)])
+    assert (float(torch.corrcoef(both)[0, 1]) > 0.5) is converted

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
 from trainer.pretraining.losses import Auxiliary, batch_loss
-from trainer.pretraining.mixture import Mixture
+from trainer.pretraining.mixture import Batch, Mixture
 from trainer.pretraining.model import new_model, save_backbone
 from trainer.pretraining.parallel import Workers
 from trainer.pretraining.recipe import COLUMNS
 from trainer.pretraining.shards import Pool
+from trainer.pretraining.state import Progress
 from trainer.pretraining.train import LATER, Schedule, initial_prompts, train
 from trainer.pretraining.vocabulary import build_tokenizer, train_pieces
 from trainer.pretraining.wordings import HELD_OUT, QUESTIONS, label_words
@@ -114,6 +116,45 @@ def test_batches_are_a_function_of_seed_and_step(tokenizer: Tokenizer) -> None:
         assert a.kind == b.kind and torch.equal(a.ids, b.ids)
         kinds.add(a.kind)
     assert kinds == set(SHARES)
+
+
+def test_kinds_left_out_are_never_drawn(tokenizer: Tokenizer, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    drawn = set()
+    batch = Mixture.batch
+
+    def watch(self: Mixture, step: int, shares: dict[str, float]) -> Batch:
+        drawn.add((found := batch(self, step, shares)).kind)
+        return found
+
+    monkeypatch.setattr(Mixture, "batch", watch)
+    t5, auxiliary, mixture = setting(tokenizer)
+    schedule = replace(SCHEDULE, steps=40, without=("prefix", "full"))
+    train(t5, auxiliary, mixture, None, schedule, tmp_path)
+    assert drawn == {"words", "span"}  # without a teacher, nothing is distilled
+
+
+def test_a_short_run_is_not_all_warm_up() -> None:
+    short, long = Schedule(steps=140, warmup=150), Schedule(steps=14000, warmup=150)
+    # A third of the way: (1 + cos(pi / 3)) / 2 where the warm-up is over.
+    assert short.factor(Progress(step=47), 150) == pytest.approx(0.75, abs=0.01)
+    assert short.factor(Progress(step=9), 150) == pytest.approx(0.25, rel=0.02)
+    assert long.factor(Progress(step=74), 150) == pytest.approx(0.25, rel=0.001)
+    assert Schedule(minutes=5).factor(Progress(step=74), 150) == pytest.approx(0.25)
+
+
+def test_spans_come_with_questions_only_where_questions_are_asked(tokenizer: Tokenizer) -> None:
+    *_, mixture = setting(tokenizer)
+
+    def questions(shares: dict[str, float]) -> int:
+        labels = mixture.batch(0, shares).labels
+        assert labels is not None
+        lengths = (labels != -100).sum(1)
+        known = torch.tensor(sorted({w for task in mixture.tasks for w in task.words}))
+        return int(((lengths == 3) & torch.isin(labels[:, 1], known)).sum())
+
+    assert questions({"span": 1.0}) == 0
+    assert questions({"span": 1.0, "words": 0.0}) >= 2
 
 
 def test_answers_belong_to_their_classes(tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from serve.errors import UserError
 from serve.files import read_json, sha256, write_json
 from trainer.options import result_folder
 from trainer.parallel import workers as processes
-from trainer.pretraining.config import BackboneConfig
+from trainer.pretraining.config import KINDS, BackboneConfig
 from trainer.pretraining.convert import convert
 from trainer.pretraining.evaluate import Probe, read_probes, track
 from trainer.pretraining.losses import Auxiliary
@@ -49,13 +49,15 @@ _PREPARED = "prepared.json"  # in the folder of the shards
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
 # Flags that a run is resumed with as it was begun; --steps and --minutes may grow.
 _SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "heads",
-         "feed_forward", "vocab_size")  # fmt: skip
+         "feed_forward", "vocab_size", "convert", "without")  # fmt: skip
 SHIPPED = 20  # of which so many are shipped as starting points
 
 
 def run_backbone(config: BackboneConfig) -> None:
     """Prepare, convert, train, save; see `BackboneConfig`."""
     shards, out = Path(config.shards), result_folder(config.out, "config.json").absolute()
+    if not set(KINDS) - set(config.without) - ({"distil"} if config.teacher == "none" else set()):
+        raise UserError("--without leaves no kind of batch to train on: name fewer")
     team = processes()
     if team.main and (config.prepare or not (shards / "pools.json").is_file()):
         _prepare(config, shards)
@@ -72,18 +74,19 @@ def run_backbone(config: BackboneConfig) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if (run / "state.safetensors").exists() and not config.resume:
         raise UserError(f"{run} holds a checkpoint: pass --resume, or remove it to start afresh")
-    model = start_model(config, tokenizer, teacher, pools, converted=not config.resume)
+    model = start_model(config, tokenizer, teacher, pools)
     words = sorted({mixture.asker.ids(word)[0] for word in label_words()})
     prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight,
                               PROMPT_TOKENS, config.seed)  # fmt: skip
     auxiliary = Auxiliary(prompts, model.config.d_model, torch.tensor(words)).to(device)
     model.to(device)  # type: ignore[arg-type]
     t5 = FrozenT5(model, trainable=True)
-    schedule = Schedule(rate=config.rate, steps=config.steps or None,
-                        minutes=None if config.steps else config.minutes)  # fmt: skip
-    if teacher is None:
-        schedule = replace(schedule, fresh=1.0)  # nothing is converted, so nothing is spared
-    else:
+    # Where nothing is converted, nothing is spared.
+    schedule = Schedule(rate=config.rate, fresh=5.0 if teacher and config.convert else 1.0,
+                        steps=config.steps or None,
+                        minutes=None if config.steps else config.minutes,
+                        without=tuple(config.without))  # fmt: skip
+    if teacher is not None:
         teacher.to(device)
     probes = read_probes(Path(config.data_dir), config.probes) if config.probes else []
     if team.main:
@@ -130,14 +133,12 @@ def start_model(
     tokenizer: Tokenizer,
     teacher: Teacher | None,
     pools: dict[str, Pool],
-    *,
-    converted: bool,
 ) -> T5ForConditionalGeneration:
-    """A fresh model, its encoder converted from the teacher where there is one.
+    """A fresh model, its encoder converted from the teacher where there is one to begin from.
 
     Raises UserError if the geometry is not the teacher's.
     """
-    deviation = 0.05 if teacher is None else 0.25
+    deviation = 0.25 if teacher is not None and config.convert else 0.05
     model = new_model(tokenizer.get_vocab_size(), width=config.width, layers=config.layers,
                       decoder_layers=config.decoder_layers, heads=config.heads,
                       feed_forward=config.feed_forward, deviation=deviation,
@@ -153,7 +154,7 @@ def start_model(
     ):
         if own != other:
             raise UserError(f"{flag} is {own}, but the teacher has {other}: pass {flag} {other}")
-    if converted:
+    if config.convert and not config.resume:
         convert(model, teacher, sample_batches(pools, 3000, config.seed))
     return model
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from serve.cli import option
 
 RECIPE = Path(__file__).with_name("recipe.toml")
+KINDS = ("distil", "words", "prefix", "full", "span")  # of batch: see `trainer.pretraining.mixture`
 
 
 @dataclass
@@ -25,6 +26,10 @@ class BackboneConfig:
     text: list[str] = option([], help="further plain text: .parquet (column `text`) or .txt files")
     shards: str = option("shards", help="folder of the tokenised shards")
     teacher: str = option("none", help="folder of a BERT sentence encoder to start from, or `none`")
+    convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "
+                           "ones, and the teacher is only distilled from")  # fmt: skip
+    without: list[str] = option([], choices=KINDS, help="kinds of batches to leave out (distil, "
+                                "words, prefix, full, span), to see what they bring")  # fmt: skip
     prepare: bool = option(False, help="write the shards and stop")
     resume: bool = option(False, help="go on from the last checkpoint of the same --out")
     steps: int = option(0, help="length of the run in batches; 0: by --minutes", minimum=0)
@@ -50,4 +55,5 @@ class BackboneConfig:
     examples = [
         "--data-dir data --shards shards --teacher minilm --prepare --out mini",
         "--shards shards --teacher minilm --minutes 80 --out mini",
+        "--shards shards --teacher minilm --steps 120 --without prefix full --out no_soft_prompts",
     ]

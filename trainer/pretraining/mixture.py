@@ -4,7 +4,7 @@ Kinds of batch:
   words   a question asked in words around the text, another wording in every row;
   prefix  a question asked by a soft prompt in front of the text, mode `prefix`;
   full    the same, mode `full`;
-  span    span corruption, with some supervised rows as text-to-text targets;
+  span    span corruption, with some rows of `words` as text-to-text targets if that is asked;
   distil  texts for the teacher, with the template and a polarity label.
 """
 
@@ -209,7 +209,7 @@ class Mixture:
         weights = np.array([shares[k] for k in kinds])
         kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
         if kind == "span":
-            return self._span(rng)
+            return self._span(rng, asked="words" in shares)
         band = BANDS[rng.choice(len(BANDS), p=np.array(BAND_SHARES) / sum(BAND_SHARES))]
         if kind in ("prefix", "full"):
             return self._soft(kind, band, rng)
@@ -284,17 +284,18 @@ class Mixture:
         batch.restricted = (batch.tasks < 0).repeat_interleave(per_group)
         return batch
 
-    def _span(self, rng: np.random.Generator) -> Batch:
+    def _span(self, rng: np.random.Generator, asked: bool) -> Batch:
         pool = self.pools["windows"]
         sources, targets = [], []
-        for _ in range(max(4, self.tokens * 3 // 4 // 44)):
+        for _ in range(max(4, self.tokens * (3 if asked else 4) // 4 // 44)):
             text = pool.text(int(rng.integers(len(pool))))
             if len(text) < 6:
                 continue
             source, target = corrupt(text, self.rate, self.mean_span, rng)
             sources.append(source)
             targets.append(target)
-        for _ in range(max(2, self.tokens // 4 // 40)):  # the whole target of a question, as text
+        # The whole target of a question, as text.
+        for _ in range(max(2, self.tokens // 4 // 40) if asked else 0):
             question = self._question(26, rng)
             options = self.asker.wordings[question.name]
             wording = options[rng.integers(len(options))]

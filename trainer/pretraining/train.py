@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.parallel import workers as launched
+from trainer.pretraining.config import KINDS
 from trainer.pretraining.losses import Auxiliary, batch_loss
 from trainer.pretraining.mixture import Batch, Mixture, SoftTask
 from trainer.pretraining.parallel import make_team
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 # Shares of the kinds of batches: while the student still has to come close to its teacher, after.
 FIRST = {"distil": 0.5, "words": 0.2, "prefix": 0.2, "full": 0.03, "span": 0.07}
 LATER = {"distil": 0.03, "words": 0.32, "prefix": 0.56, "full": 0.04, "span": 0.05}
-KINDS = tuple(LATER)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
     """rate: peak rate of encoder and embeddings; fresh: factor for the decoder and the heads;
     prompt: rate of the soft prompts; warmup, fresh_warmup: steps (a converted encoder waits until
     the fresh decoder has found its scale); first: share of the run with mixture FIRST;
-    steps, minutes: one of them ends the run."""
+    steps, minutes: one of them ends the run; without: kinds of batches that are left out."""
 
     rate: float = 2e-4
     fresh: float = 5.0
@@ -47,6 +47,12 @@ class Schedule:
     clip: float = 1.0
     aux_weight: float = 0.5
     distil_weight: float = 3.0
+    without: tuple[str, ...] = ()
+
+    def shares(self, done: float) -> dict[str, float]:
+        """Kind of batch -> its weight in the draw, when `done` of the run is over."""
+        shares = FIRST if done < self.first else LATER
+        return {kind: share for kind, share in shares.items() if kind not in self.without}
 
     def done(self, progress: Progress) -> float:
         """Share of the run that is done, 0 to 1."""
@@ -58,7 +64,9 @@ class Schedule:
         return min(max(parts), 1.0)
 
     def factor(self, progress: Progress, warmup: int) -> float:
-        """Warm-up (squared), then half a cosine to zero."""
+        """Warm-up (squared; a seventh of a short run), then half a cosine to zero."""
+        if self.steps:
+            warmup = max(1, min(warmup, self.steps // 7))
         warm = min(1.0, (progress.step + 1) / warmup) ** 2
         return warm * 0.5 * (1 + math.cos(math.pi * self.done(progress)))
 
@@ -116,20 +124,18 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
 
     Writes `state.safetensors` every `checkpoint_seconds` and `log.jsonl` to `folder`.
     """
+    if teacher is None:
+        schedule = replace(schedule, without=(*schedule.without, "distil"))
     device = t5.model.device
     count = launched().count if launched().count > 1 else workers
     half = device.type == "cuda" or launched().precision == "bf16"
     modules: dict[str, nn.Module] = {"model": t5.model, "auxiliary": auxiliary}
 
     def compute(rank: int, step: int, done: float) -> list[float]:
-        early = done < schedule.first
-        shares = dict(FIRST if early else LATER)
-        if teacher is None:
-            shares.pop("distil")
-        batch = to_device(mixture.batch(step * count + rank, shares), device)
+        batch = to_device(mixture.batch(step * count + rank, schedule.shares(done)), device)
+        distil_weight = schedule.distil_weight * (1.0 if done < schedule.first else 0.5)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            result = batch_loss(t5, auxiliary, batch, teacher, schedule.aux_weight,
-                                schedule.distil_weight * (1.0 if early else 0.5))  # fmt: skip
+            result = batch_loss(t5, auxiliary, batch, teacher, schedule.aux_weight, distil_weight)
         result.loss.backward()
         distance = result.distance if batch.kind == "distil" else float("nan")
         return [KINDS.index(batch.kind), result.answer, result.right, distance,
