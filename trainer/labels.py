@@ -118,15 +118,20 @@ def class_names(path: Source) -> list[str] | None:
     return None if any(as_index(name) is not None for name in names) else names or None
 
 
+def _check_there(value: Any, place: str) -> None:
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{place}: the label is empty: fill it in, or remove the row")
+
+
 def find_labels(
     values: Sequence[Any], places: Sequence[str], column: str, advice: str = _ADVICE
 ) -> list[str]:
     """The class names of a file that are not given.
 
     Indices give "0", "1", ... up to the largest; indices that start at 1, as star ratings do, give
-    "1", "2", .... Names that differ in case only are one, spelt as it is met first. They are taken
-    in the order of a scale that they form ("negative", "neutral", "positive"), and sorted
-    otherwise.
+    "1", "2", ...; true and false give "false", "true". Names that differ in case only are one,
+    spelt as it is met first. They are taken in the order of a scale that they form ("negative",
+    "neutral", "positive"), and sorted otherwise.
 
     Args:
         values: N label values.
@@ -137,6 +142,10 @@ def find_labels(
     Raises:
         UserError: values that are no classes.
     """
+    for value, place in zip(values, places, strict=True):
+        _check_there(value, place)
+    if all(isinstance(value, bool) for value in values):
+        return ["false", "true"]
     indices = [as_index(value) for value in values]
     numbers = [index for index in indices if index is not None]
     if len(numbers) == len(values):
@@ -152,7 +161,7 @@ def find_labels(
             return [str(index) for index in range(1, high + 1)]
         return [str(index) for index in range(high + 1)]
     for value, place in zip(values, places, strict=True):
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str):
             raise UserError(
                 f"{place}: label {value!r} is neither a class name nor a class index: correct the "
                 f"row, or {advice}"
@@ -199,6 +208,7 @@ def class_codes(
     classes = len(labels)
     codes = np.empty(len(values), dtype=np.int64)
     for position, (value, place) in enumerate(zip(values, places, strict=True)):
+        _check_there(value, place)
         number = as_index(value)
         name = str(number) if number is not None else str(value).strip().casefold()
         index = known.get(name, number)

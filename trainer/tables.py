@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import sys
@@ -140,19 +141,34 @@ def _require(path: Source, columns: Sequence[str], present: Sequence[str], advic
             )
 
 
+def _names(line: str, delimiter: str) -> list[str]:
+    """The column names in the first line of a file; none if it is no line of such a file."""
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
 def _separated(
     path: Source, columns: Sequence[str], delimiter: str, advice: str, advance: Advance | None
 ) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # reviews can be longer than 128 KiB
-    reader = csv.reader(decoded_lines(path, advance=advance), delimiter=delimiter, strict=True)
+    lines = decoded_lines(path, advance=advance)
+    first = next(lines, "")
+    # A spreadsheet writes a .csv with the list separator of its user's language.
+    delimiter = next(
+        (d for d in (delimiter, *";\t,|") if {*columns} <= {*_names(first, d)}), delimiter
+    )
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         _require(path, columns, header, advice)
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
+        named = [name for name in header if name]  # a spreadsheet's empty columns have no name
+        if len(set(named)) < len(named):
+            twice = next(name for name in named if named.count(name) > 1)
             raise UserError(f"{path} has the column '{twice}' twice: rename one")
         for fields in reader:
-            if not fields:  # a blank line
+            if not any(field.strip() for field in fields):  # a blank line, or only separators
                 continue
             if len(fields) != len(header):
                 raise UserError(
@@ -161,6 +177,11 @@ def _separated(
                 )
             yield f"line {reader.line_num}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise UserError(
+                f"{path}, line {reader.line_num} holds a carriage return that ends no line: save "
+                "the file with ordinary line ends (LF or CRLF)"
+            ) from None
         raise UserError(
             f"{path}, line {reader.line_num}: {error}: inside a quoted field, write a quote as two"
         ) from None
@@ -186,7 +207,20 @@ def _json_lines(
                     f"{path}, line {number} has no '{name}': it has {', '.join(row) or 'none'}; "
                     f"{advice}"
                 )
+        if "\\ud" in line.lower() and (half := [k for k, v in row.items() if _broken(v)]):
+            raise UserError(
+                f"{path}, line {number}: '{half[0]}' holds half of a character (one of the two "
+                "\\ud... escapes that make it): write it whole, or remove it"
+            )
         yield f"line {number}", row
+
+
+def _broken(value: Any) -> bool:
+    """Whether a text cannot be written as UTF-8: JSON may spell a lone half of a pair."""
+    try:
+        return isinstance(value, str) and not value.encode()
+    except UnicodeEncodeError:
+        return True
 
 
 def _parquet(
@@ -212,7 +246,7 @@ def _parquet(
                     yield f"row {number}", row
                 if advance:
                     advance(round(batch.num_rows * bytes_a_row))
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise Failure(f"{path} is damaged or no Parquet file ({first}): get it again") from None
 

@@ -63,6 +63,26 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
     assert load_examples(path).texts == ["fine", "awful"]
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_spreadsheet_may_have_written_the_file(tmp_path: Path, separator: str) -> None:
+    # Its own separator, spaces around names, columns without a name, rows of separators alone.
+    rows = [[" text ", "label", "", ""], ["good, really", "1", "", ""], ["", " ", "", ""],
+            ["bad", "0", "", ""]]  # fmt: skip
+    path = tmp_path / "a.csv"
+    path.write_text("".join(separator.join(row) + "\r\n" for row in rows), "utf-8")
+    found = load_examples(path)
+    assert (found.texts, found.labels.tolist()) == (["good, really", "bad"], [1, 0])
+
+
+def test_half_of_a_character_is_only_looked_for_where_it_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00 \\\\ud83d", "label": true}\n'
+                    '{"text": "no", "label": false}\n', "utf-8")  # fmt: skip
+    found = load_examples(path)
+    assert found.texts == ["\U0001f600 \\ud83d", "no"]
+    assert (found.names, found.labels.tolist()) == (("false", "true"), [1, 0])
+
+
 def test_class_names_count_without_case_and_indices_beside_them(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("a", "Positive"), ("b", "negative"), ("c", "1"), ("d", "0")])
     found = load_examples(path, labels=("negative", "positive"))
@@ -178,7 +198,11 @@ def test_classes_to_drop_are_left_out_by_name_or_index(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 'text' is int '5', not text"),
         ("a.jsonl", b'{"text": null, "label": 1}\n', "line 1: 'text' is missing"),
         ("a.jsonl", b'{"text": "x", "label": 0.5}\n', "line 1: label 0.5 is not one of"),
-        ("a.jsonl", b'{"text": "x", "label": null}\n', "line 1: label None is not one of"),
+        ("a.jsonl", b'{"text": "x", "label": null}\n', "line 1: the label is empty: fill it in"),
+        ("a.jsonl", b'{"text": "x", "label": NaN}\n', "line 1: the label is empty"),
+        ("a.jsonl", b'{"text": "\\uD83d", "label": 1}\n', "line 1: 'text' holds half of a char"),
+        ("a.csv", b"text,label\nx, \n", "line 2: the label is empty"),
+        ("a.csv", b"text,label\rx,1\ry,0\r", "line 1 holds a carriage return that ends no line"),
         ("a.xlsx", b"PK", "the name must end in .csv, .tsv, .jsonl or .parquet"),
     ],
 )
