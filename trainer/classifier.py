@@ -162,7 +162,7 @@ def train_labeller(
         words: how many words a sentence may have.
 
     Raises:
-        UserError: a class without a text.
+        UserError: a class without a text, or a single class.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -175,6 +175,11 @@ def train_labeller(
         raise UserError(
             f"{examples.source} has no training row of class '{examples.names[index]}': the "
             "classifier cannot learn it; add some, or pass another --data or --task"
+        )
+    if len(examples.names) < 2:
+        raise UserError(
+            f"{examples.source} holds rows of class '{examples.names[0]}' only: a classifier needs "
+            "at least two classes"
         )
     started = time.monotonic()
     texts, labels = with_sentences(examples, words)

@@ -79,7 +79,11 @@ def read_source(path: str, *, clustered: bool) -> SourceData:
     if None in numbers:
         raise UserError(f"{places[numbers.index(None)]}: the cluster is no whole number: {advice}")
     clusters = np.array(numbers, np.int64)
-    return SourceData([row["text"] for row in rows], labels, clusters, len(names), tuple(names))
+    texts = [row["text"] for row in rows]
+    for text, place in zip(texts, places, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: 'text' is {text!r}, no text: correct or remove the row")
+    return SourceData(texts, labels, clusters, len(names), tuple(names))
 
 
 def source_words(config: Any, classes: int, names: Sequence[str] = ()) -> list[str]:

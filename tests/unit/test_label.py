@@ -223,6 +223,8 @@ def test_a_class_without_training_rows_is_named() -> None:
     examples = Examples(["a b c d"] * 4, np.zeros(4, np.int64), ("bad", "good"), "r.csv")
     with pytest.raises(UserError, match=r"r\.csv has no training row of class 'good'"):
         train_labeller(examples)
+    with pytest.raises(UserError, match=r"r\.csv holds rows of class 'bad' only: .* at least two"):
+        train_labeller(Examples(["a b c d"] * 4, np.zeros(4, np.int64), ("bad",), "r.csv"))
 
 
 @pytest.fixture

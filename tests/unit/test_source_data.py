@@ -61,7 +61,7 @@ def test_labels_of_a_source_are_read_as_those_of_a_task(
         (["0", "-1"], r"line 3: label '-1' is no class index: .*; label the texts again$"),
         (
             ["good", ""],
-            r"line 3: label '' is neither .*: correct the row, or label the texts again",
+            "line 3: the label is empty: fill it in, or remove the row",
         ),
     ],
 )
@@ -70,6 +70,15 @@ def test_a_source_that_cannot_be_trained_on_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read_source(str(source(tmp_path, labels)), clustered=False)
+
+
+@pytest.mark.parametrize("text", [None, 5, " "])
+def test_a_source_row_without_a_text_is_named(tmp_path: Path, text: object) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "fine", "label": "good"}, {"text": text, "label": "bad"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(UserError, match=rf"line 2: 'text' is {text!r}, no text: correct or"):
+        read_source(str(path), clustered=False)
 
 
 def test_a_source_that_is_not_clustered_says_what_to_run(tmp_path: Path) -> None:
