@@ -8,6 +8,7 @@ functions, so that a task added later is tokenised exactly as one exported at fi
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,13 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def task_name(name: str, flag: str = "--names") -> str:
-    """`name` as the name of a bundle's task: small letters, other characters become dashes.
+    """`name` as the name of a bundle's task: small letters without accents, the rest as dashes.
 
     Raises:
         UserError: nothing of it is left; the message names `flag`, which sets another.
     """
-    slug = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:64]
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    slug = re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-._")[:64]
     if not NAME.fullmatch(slug):
         raise UserError(f"'{name}' cannot be made a task's name: pass another as {flag}")
     return slug

@@ -67,6 +67,7 @@ def test_records_name_what_is_missing(pair) -> None:  # type: ignore[no-untyped-
 
 def test_names_become_fit_for_urls() -> None:
     assert task_name("Yelp Reviews (5)") == "yelp-reviews-5"
+    assert task_name("Café-Prüfung №3") == "cafe-prufung-no3"
     with pytest.raises(UserError, match=r"cannot be made a task's name: pass another as --names$"):
         task_name("***")
     with pytest.raises(UserError, match=r"pass another as --name$"):  # the flag that `add` has
