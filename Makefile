@@ -28,10 +28,17 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Triton's server, for one test: only Linux on x86-64 has it, elsewhere that test is skipped. Its
+# Python backend wants an older numpy than the project has.
+$(VENV)/triton: | $(VENV)/ready
+	@$(BIN)/python -m venv $@ && $@/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps "nvidia-pytriton~=0.7.0" "numpy<2" onnxruntime tokenizers \
+		|| echo "Triton's server is not to be had here: its test will be skipped"
+
 # Two halves side by side, a core each: torch's threads would take the other half's core and wait
 # for it. The integration tests report when both are done.
 test: export OMP_NUM_THREADS = 1
-test: lint
+test: lint $(VENV)/triton
 	@$(BIN)/python -m pytest tests/integration >.integration.log 2>&1 & other=$$!; \
 	$(BIN)/python -m pytest tests/unit tests/e2e; first=$$?; \
 	wait $$other; second=$$?; cat .integration.log; rm -f .integration.log; \

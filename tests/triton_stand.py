@@ -18,10 +18,18 @@ import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
 
+from serve.classifier import Classifier
+
 NUMPY = {
     "TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_FP16": np.float16,
     "TYPE_BOOL": np.bool_, "TYPE_STRING": np.object_,
 }  # fmt: skip
+
+
+TEXTS = [
+    "", "good film", "bad", "very long " * 60, "</s> <extra_id_0> great", "ünïcode 😀",
+    "the food was nice " * 5,
+]  # fmt: skip
 
 
 def schema() -> Any:
@@ -159,3 +167,25 @@ def column(values: list[str] | list[bytes]) -> np.ndarray:
     """Texts as a BYTES tensor [n, 1]."""
     raw = [value.encode() if isinstance(value, str) else value for value in values]
     return np.array(raw, np.object_)[:, None]
+
+
+def assert_answers(server: Any, folder: Path, precision: str = "fp32") -> None:
+    """The ensemble's answers are the classifier's, for every text and task in one request.
+
+    server: has `infer`; folder: of the bundle.
+    """
+    classifier = Classifier(folder, precision, threads=1)
+    names = list(classifier.tasks)
+    texts = [text for text in TEXTS for _ in names]
+    tasks = names * len(TEXTS)
+    wanted = classifier.classify(texts, tasks)
+    got = server.infer("metapt", TEXT=column(texts), TASK=column(tasks))
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    for row, result in enumerate(wanted):
+        assert got["LABEL"][row, 0].decode() == result.label
+        assert got["SCORE"][row, 0] == pytest.approx(result.score, abs=tolerance)
+        assert bool(got["TRUNCATED"][row, 0]) == result.truncated
+        probabilities = list(result.probabilities.values())
+        padding = [0.0] * (got["PROBABILITIES"].shape[1] - len(probabilities))
+        assert got["PROBABILITIES"][row] == pytest.approx(probabilities + padding, abs=tolerance)
+    assert got["TRUNCATED"].any() and not got["TRUNCATED"].all()

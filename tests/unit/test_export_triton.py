@@ -11,19 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import serve_toy as toy
-from triton_stand import Triton, TritonError, column, read_config, schema
+from triton_stand import Triton, TritonError, assert_answers, column, read_config, schema
 
 from exporter import triton
 from exporter.triton import Settings, export_triton
 from serve import bundle as bundles
-from serve.classifier import Classifier
 from serve.cli import run
 from serve.errors import Failure, UserError
-
-TEXTS = [
-    "", "good film", "bad", "very long " * 60, "</s> <extra_id_0> great", "ünïcode 😀",
-    "the food was nice " * 5,
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,39 +36,20 @@ def repository(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_answers(repository: Path, folder: Path, precision: str = "fp32") -> None:
-    """The ensemble's answers are the classifier's, for every text and task in one request."""
-    classifier = Classifier(folder, precision, threads=1)
-    names = list(classifier.tasks)
-    texts = [text for text in TEXTS for _ in names]
-    tasks = names * len(TEXTS)
-    wanted = classifier.classify(texts, tasks)
-    got = Triton(repository).infer("metapt", TEXT=column(texts), TASK=column(tasks))
-    tolerance = 1e-5 if precision == "fp32" else 1e-2
-    for row, result in enumerate(wanted):
-        assert got["LABEL"][row, 0].decode() == result.label
-        assert got["SCORE"][row, 0] == pytest.approx(result.score, abs=tolerance)
-        assert bool(got["TRUNCATED"][row, 0]) == result.truncated
-        probabilities = list(result.probabilities.values())
-        padding = [0.0] * (got["PROBABILITIES"].shape[1] - len(probabilities))
-        assert got["PROBABILITIES"][row] == pytest.approx(probabilities + padding, abs=tolerance)
-    assert got["TRUNCATED"].any() and not got["TRUNCATED"].all()
-
-
 def test_the_ensemble_answers_as_the_classifier(repository: Path, folder: Path) -> None:
-    assert_answers(repository, folder)
+    assert_answers(Triton(repository), folder)
 
 
 @pytest.mark.parametrize("mode", ["full", "deep"])
 def test_other_modes(mode: str, tmp_path: Path) -> None:
     made = toy.make_bundle(tmp_path / "b", mode)
     export_triton(made, tmp_path / "r", Settings(threads=1))
-    assert_answers(tmp_path / "r", made)
+    assert_answers(Triton(tmp_path / "r"), made)
 
 
 def test_half_precision(folder: Path, tmp_path: Path) -> None:
     export_triton(folder, tmp_path / "r", Settings(precision="fp16", threads=1))
-    assert_answers(tmp_path / "r", folder, "fp16")
+    assert_answers(Triton(tmp_path / "r"), folder, "fp16")
     kinds = schema().DataType
     assert read_config(tmp_path / "r/metapt_graph").output[0].data_type == kinds.TYPE_FP16
     assert read_config(tmp_path / "r/metapt_answer").input[0].data_type == kinds.TYPE_FP16
