@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from exporter.record import Arrays
 from exporter.verify import feed, run
 from serve.errors import Failure, UserError
+from serve.task import Task
+from serve.tokenize import Encoder
 from trainer.data import load_examples
 
 ROWS = 32  # of a batch; rows are sorted by length first, so that little is padding
@@ -60,14 +62,10 @@ def load_validation(
     slot = names.index(task)
     record = records[slot]
     examples = load_examples(path, text_column, label_column, labels=record["labels"])
-    before, after = record["prefix_ids"], record["suffix_ids"]
-    room = min(max_tokens, record.get("max_tokens") or max_tokens) - len(before) - len(after)
-    # As in serving: a text that holds "<extra_id_0>" must not set the template's blank.
-    tokenizer.encode_special_tokens = True
-    pieces = tokenizer.encode_batch(examples.texts, add_special_tokens=False)
-    tokenizer.encode_special_tokens = False
-    rows = [[*before, *piece.ids[:room], *after] for piece in pieces]
-    return Validation(task, slot, rows, np.asarray(examples.labels))
+    known = {item.name for item in fields(Task)}
+    served = Task(name=task, **{key: record[key] for key in known & set(record) - {"name"}})
+    encoded = Encoder(tokenizer, max_tokens).encode(examples.texts, [served] * len(examples))
+    return Validation(task, slot, [row.ids for row in encoded], np.asarray(examples.labels))
 
 
 def answer(graph: ort.InferenceSession, values: Arrays, validation: Validation) -> np.ndarray:

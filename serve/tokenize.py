@@ -33,18 +33,23 @@ class Encoded:
 class Encoder:
     """Encodes texts for tasks. Thread-safe."""
 
-    def __init__(self, path: Path, max_tokens: int) -> None:
+    def __init__(self, source: Path | Tokenizer, max_tokens: int) -> None:
         """Args:
-            path: `tokenizer.json`.
+            source: `tokenizer.json`, or a tokenizer, which is copied.
             max_tokens: the longest row, template included.
 
         Raises:
             Failure: the file is not a tokenizer's.
         """
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises the bare Exception
-            raise Failure(f"{path} is not a tokenizer ({error}): export the bundle again") from None
+        if isinstance(source, Tokenizer):
+            self._tokenizer = Tokenizer.from_str(source.to_str())
+        else:
+            try:
+                self._tokenizer = Tokenizer.from_file(str(source))
+            except Exception as error:  # tokenizers raises the bare Exception
+                raise Failure(
+                    f"{source} is not a tokenizer ({error}): export the bundle again"
+                ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # A text that contains "<extra_id_0>" or "</s>" must not be able to set the mask or end

@@ -1,7 +1,8 @@
 """Triton's own server in the tests, where it is installed: `make test` makes an environment for it
 in the folder `triton` of this one, since the server wants another numpy.
 
-It is in the package nvidia-pytriton, and comes with the Python backend; `triton_onnx` stands in for the one that runs ONNX files.
+It is in the package nvidia-pytriton, and comes with the Python backend; `triton_onnx` stands in for
+the one that runs ONNX files.
 """
 
 from __future__ import annotations

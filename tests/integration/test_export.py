@@ -180,6 +180,18 @@ def test_a_graph_that_differs_from_torch_is_not_written(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def single_rows(exported: Exported, task: dict[str, Any], text: str) -> dict[str, np.ndarray]:
+    """What a caller in another language would give to the file, from what the file says."""
+    pieces = exported.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = np.array([[*task["prefix_ids"], *pieces, *task["suffix_ids"]]])
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
 def test_one_file_carries_the_task(prefix: Exported, tmp_path: Path) -> None:
     for kind, name in (("onnx", "food.onnx"), ("torchscript", "food.pt")):
         worst = export_single(prefix.prompts["food"], prefix.backbone, tmp_path / name, kind=kind)
@@ -187,9 +199,10 @@ def test_one_file_carries_the_task(prefix: Exported, tmp_path: Path) -> None:
     graph = verify.session(tmp_path / "food.onnx")
     task = json.loads(graph.get_modelmeta().custom_metadata_map["task"])
     assert task["labels"] == ["BAD", "OKAY", "GOOD"]
-    ids = [[*task["prefix_ids"], 17, 18, 19, *task["suffix_ids"]]]
-    feed = {"input_ids": np.array(ids), "attention_mask": np.ones_like(ids)}
+    feed = single_rows(prefix, task, "the food was good")
     logits = graph.run(None, feed)[0]
+    want = expected(prefix.backbone, prefix.prompts["food"], "the food was good")
+    np.testing.assert_allclose(softmax(logits)[0], want, atol=1e-5)
     extra = {"task": ""}
     script = torch.jit.load(str(tmp_path / "food.pt"), _extra_files=extra)
     with torch.no_grad():
@@ -246,8 +259,14 @@ def test_a_single_file_takes_the_name_and_the_target_of_int8(
             **given, single_file=file, names=["My food"], precision=["int8"], int8_target="avx2"
         )
     )
-    task = verify.session(tmp_path / "x.onnx").get_modelmeta().custom_metadata_map["task"]
-    assert json.loads(task)["name"] == "my-food"
+    graph = verify.session(tmp_path / "x.onnx")
+    task = json.loads(graph.get_modelmeta().custom_metadata_map["task"])
+    assert task["name"] == "my-food"
+    for text in ("the food was good", "is this plot not very bad , it was"):
+        odds = softmax(graph.run(None, single_rows(prefix, task, text))[0])[0]
+        want = expected(prefix.backbone, prefix.prompts["food"], text)
+        np.testing.assert_allclose(odds, want, atol=0.05)
+        assert odds.argmax() == want.argmax()
     weights = {
         tensor.data_type
         for tensor in onnx.load(file).graph.initializer

@@ -120,8 +120,8 @@ def test_sigterm_under_load_loses_no_request(folder: Path) -> None:
                     status, value, closes = ask(
                         connection, "/classify", {"text": text, "task": "film"}
                     )
-                    outcomes.append(f"{status} {value['results'][0]['label']}")
-                except (OSError, http.client.HTTPException) as error:
+                    outcomes.append(f"{status} {value.get('results', [value])[0].get('label')}")
+                except Exception as error:  # whatever came is no answer
                     outcomes.append(f"lost: {error!r}")
                     return
             connection.close()
@@ -135,6 +135,7 @@ def test_sigterm_under_load_loses_no_request(folder: Path) -> None:
         assert process.end() == 0
         for thread in threads:
             thread.join(30)
+            assert not thread.is_alive()
     assert len(outcomes) >= 100 and set(outcomes) == {"200 positive"}
 
 
@@ -221,7 +222,7 @@ def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> 
     texts = ["good film", "bad awful dull", "", "the food was nice"]
     wrong: list[Any] = []
     done = threading.Event()
-    counted = [0]
+    counted = {"film": 0, "food": 0, "spare": 0}
 
     with running(folder, "--bank-memory", "0.006") as process:  # a few slots: tasks get evicted
         expected = {}
@@ -233,7 +234,7 @@ def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> 
             connection = process.connect()
             while not done.is_set():
                 status, value, _ = ask(connection, "/classify", {"texts": texts, "task": task})
-                counted[0] += 1
+                counted[task] += 1
                 if task == "spare" and status == 404:
                     continue  # it is not there at the moment
                 got = [r["probabilities"] for r in value.get("results", [])]
@@ -256,8 +257,9 @@ def test_tasks_come_and_go_under_load_without_a_wrong_answer(tmp_path: Path) -> 
         done.set()
         for thread in threads:
             thread.join(30)
+            assert not thread.is_alive()
         assert process.end() == 0
-    assert wrong == [] and counted[0] > 100
+    assert wrong == [] and min(counted.values()) > 30
 
 
 def test_two_servers_share_one_bundle(folder: Path) -> None:

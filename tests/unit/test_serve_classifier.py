@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -311,25 +312,23 @@ def test_threads_share_a_small_bank_without_a_wrong_answer(tmp_path: Path) -> No
         name: softmax(expected("good film", prompt, ["bad", "good"], "prefix"))
         for name, prompt in prompts.items()
     }
-    errors: list[str] = []
 
-    def work(seed: int) -> None:
+    def work(seed: int) -> int:
         rng = np.random.default_rng(seed)
+        right = 0
         for _ in range(60):
             names = [f"t{i}" for i in rng.choice(8, size=3)]
             for name, result in zip(
                 names, classifier.classify(["good film"] * 3, names), strict=True
             ):
-                if list(result.probabilities.values()) != pytest.approx(wanted[name], abs=1e-5):
-                    errors.append(name)
+                right += list(result.probabilities.values()) == pytest.approx(
+                    wanted[name], abs=1e-5
+                )
+        return right
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert errors == [] and classifier.bank.evictions > 0
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == [60 * 3] * 6
+    assert classifier.bank.evictions > 0
 
 
 def test_the_bank_grows_from_one_slot_and_takes_wider_labels(tmp_path: Path) -> None:

@@ -79,5 +79,7 @@ def test_whatever_is_text_is_answered_in_order(server: Server, given_texts: list
         assert response.status_code == 200, response.text
         results = response.json()["results"]
         assert len(results) == len(given_texts)
-        for result in results:
+        for text, result in zip(given_texts, results, strict=True):
+            (alone,) = server.app.classifier.classify([text], task="food")
+            assert result["probabilities"] == pytest.approx(alone.probabilities, abs=1e-5)
             assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-4)
