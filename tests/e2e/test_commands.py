@@ -17,7 +17,7 @@ import trainer.tune as trainer_tune
 from serve.cli import run
 from trainer.__main__ import commands
 from trainer.backbone import load_backbone
-from trainer.data import load_examples
+from trainer.data import draw_few_shot, load_examples
 from trainer.modes import add_group
 from trainer.prompt import load_prompt
 from trainer.readout import class_scores, collate, compile_template, encode_texts, word_ids
@@ -83,13 +83,36 @@ def test_tune_then_evaluate(trainer: Trainer, tune_flags: list[object], tmp_path
     rows = load_examples(str(tune_flags[2]), labels=["negative", "positive"], split="test")
     template = compile_template(backbone.tokenizer, "{text} It was <extra_id_0>.")
     words = torch.tensor(word_ids(backbone.tokenizer, ["bad", "good"]))
-    hits = 0
-    for text, label in zip(rows.texts, rows.labels, strict=True):
-        batch = collate(encode_texts(backbone.tokenizer, template, [text], 64))
+
+    def scores(texts: list[str]) -> torch.Tensor:
         params = add_group(prompt.params)
-        scores = class_scores(backbone.t5, "prefix", params, batch, words, backbone.decoder_ids)
-        hits += int(scores.argmax() == label)
+        found = [
+            class_scores(
+                backbone.t5, "prefix", params,
+                collate(encode_texts(backbone.tokenizer, template, [text], 64)), words,
+                backbone.decoder_ids,
+            )
+            for text in texts
+        ]  # fmt: skip
+        return torch.cat(found).detach().double()
+
+    def loss(logits: torch.Tensor, labels: np.ndarray, temperature: float) -> float:
+        chosen = torch.log_softmax(logits / temperature, 1)[range(len(labels)), labels]
+        return -float(chosen.mean())
+
+    logits = scores(rows.texts)
+    hits = (logits.argmax(1).numpy() == rows.labels).sum()
     assert figures["accuracy"] == pytest.approx(hits / len(rows))
+    # The confidences are those at the temperature that fits the validation samples best.
+    assert figures["loss"] == pytest.approx(
+        loss(logits, rows.labels, task["temperature"]), abs=1e-4
+    )
+    pool = load_examples(str(tune_flags[2]), labels=["negative", "positive"], split="train")
+    chosen = pool.take(draw_few_shot(pool, seed=1)[1])
+    held = scores(chosen.texts)
+    grid = [loss(held, chosen.labels, t) for t in np.geomspace(0.1, 10, 400)]
+    assert loss(held, chosen.labels, task["temperature"]) == pytest.approx(min(grid), abs=1e-3)
+    assert abs(np.log(task["temperature"])) > 0.05
 
 
 def test_config_repeats_a_run(trainer: Trainer, tune_flags: list[object], tmp_path: Path) -> None:

@@ -168,3 +168,56 @@ def test_wrong_number_of_rows_is_refused(prompt: Prompt, tmp_path: Path) -> None
     save_file({"prompt_embeddings": torch.zeros(7, 32)}, tmp_path / "p/adapter_model.safetensors")
     with pytest.raises(Failure, match=r"7 rows.*6 virtual tokens"):
         load_prompt(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "task", "message"),
+    [
+        ({"kv": (1, 2, 4, 3, 8)}, {}, "holds kv, but mode 'full' needs prompt_embeddings"),
+        ({"prompt_embeddings": (6, 32)}, {"mode": "deep"}, "mode 'deep' needs kv, states"),
+        ({"prompt_embeddings": (6, 4, 8)}, {}, r"the prompt is \[6, 4, 8\], not \[P, D\]"),
+        ({}, {}, "holds no tensors"),
+        ({"prompt_embeddings": (6, 32)}, {"mode": "sideways"}, "mode 'sideways' is unknown"),
+        ({"prompt_embeddings": (6, 32)}, {"labels": ["a"]}, "1 labels but 2 label words"),
+        ({"prompt_embeddings": (6, 32)}, {"colour": "red"}, "holds unknown settings: colour"),
+        ({"prompt_embeddings": (6, 32)}, {"format": 99}, "has format 99, this version reads"),
+    ],
+)
+def test_a_folder_whose_files_do_not_fit_says_which(
+    prompt: Prompt, tmp_path: Path, tensors: dict[str, tuple[int, ...]], task: dict[str, object],
+    message: str,
+) -> None:  # fmt: skip
+    folder = tmp_path / "p"
+    save_prompt(prompt, folder)
+    values = {name: torch.zeros(shape) for name, shape in tensors.items()}
+    save_file(values, folder / "adapter_model.safetensors")
+    record = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps({**record, **task}))
+    with pytest.raises((Failure, UserError), match=message) as error:
+        load_prompt(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_record_that_is_no_object_and_a_file_that_is_no_prompt(
+    prompt: Prompt, tmp_path: Path
+) -> None:
+    save_prompt(prompt, tmp_path / "p")
+    (tmp_path / "p" / "task.json").write_text("[]")
+    with pytest.raises(Failure, match=r"task\.json must hold a JSON object"):
+        load_prompt(tmp_path / "p")
+    with pytest.raises(UserError, match=r"none\.npy does not exist"):
+        load_prompt(tmp_path / "none.npy")
+    np.save(tmp_path / "ids.npy", np.zeros((3, 4), np.int64))
+    with pytest.raises(UserError, match=r"holds int64 \[3, 4\], not floats \[P, D\]"):
+        load_prompt(tmp_path / "ids.npy")
+    (tmp_path / "text.npy").write_text("prompt")
+    with pytest.raises(Failure, match=r"text\.npy is not a NumPy file of numbers"):
+        load_prompt(tmp_path / "text.npy")
+
+
+def test_deep_keys_of_another_geometry_quote_both(backbone: Backbone) -> None:
+    params = initial_params(backbone, "random", "deep", 4, 0)
+    other = {**params, "kv": params["kv"][:1].repeat(3, 1, 1, 1, 1)}
+    check_fits(Prompt(params, TaskRecord(mode="deep")), backbone)
+    with pytest.raises(UserError, match=r"\[3, 2, 4, 4, 8\], but .* needs \[2, 2, 4, 4, 8\]"):
+        check_fits(Prompt(other, TaskRecord(mode="deep")), backbone)

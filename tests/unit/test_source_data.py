@@ -17,6 +17,7 @@ from trainer.source import (
     MetaConfig,
     PretrainConfig,
     SourceData,
+    hold_out,
     read_source,
     run_meta,
     run_pretrain,
@@ -196,3 +197,30 @@ def test_classes_are_ordered_by_names_then_words_then_numbers(
     labels: list[str], words: list[str], order: list[int] | None
 ) -> None:
     assert class_order(labels, words) == order
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_every_cluster_gives_its_share_to_validation_and_no_row_twice(share: float) -> None:
+    clusters = np.repeat([3, 0, 7], [60, 25, 2])
+    np.random.default_rng(0).shuffle(clusters)
+    data = SourceData([""] * 87, np.zeros(87, np.int64), clusters, 2)
+    train, held = hold_out(data, share, seed=4)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(87))
+    for cluster, size in ((3, 60), (0, 25), (7, 2)):
+        assert (clusters[held] == cluster).sum() == max(1, round(share * size))
+    again, other = hold_out(data, share, seed=4), hold_out(data, share, seed=5)
+    assert np.array_equal(held, again[1]) and not np.array_equal(np.sort(held), np.sort(other[1]))
+
+
+def test_a_source_too_small_for_validation_says_what_to_change(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.csv"
+    lines = [f"text {i},{i % 2},{i % 3}" for i in range(30)]
+    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    flags = {"data": str(path), "out": str(tmp_path / "o"), "backbone": str(tiny_t5), "steps": 1,
+             "prompt_tokens": 2, "words": ["bad", "good"]}  # fmt: skip
+    with pytest.raises(UserError, match=r"no cluster keeps 8 rows for validation: .* larger --val"):
+        run_meta(MetaConfig(**flags, validation_share=0.1))
+    with pytest.raises(UserError, match=r"has fewer than the 8 rows that a task draws: lower --s"):
+        run_meta(MetaConfig(**flags, validation_share=0.8))

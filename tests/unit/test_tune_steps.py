@@ -1,0 +1,84 @@
+"""What a tuning step takes, and what is cut: appendix A.4's numbers, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from serve.errors import UserError
+from serve.task import Task as ServedTask
+from serve.tokenize import Encoder
+from trainer import finetune as finetune_module
+from trainer import tune as tune_module
+from trainer.backbone import load_backbone
+from trainer.configs import FinetuneConfig, TuneConfig
+from trainer.data import Examples
+from trainer.loop import RunOptions
+from trainer.readout import compile_template, encode_texts
+from trainer.tasks import make_task
+
+
+@pytest.mark.parametrize("module", [tune_module, finetune_module])
+def test_a_step_takes_batch_times_accumulation_samples(
+    tiny_t5: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(str(tiny_t5), trainable=module is finetune_module)
+    texts = [f"the film {i} was {'good' if i % 2 else 'bad'}" for i in range(12)]
+    train = Examples(texts[:10], np.arange(10) % 2, ("no", "yes"))
+    held = Examples(texts[10:], np.arange(2), ("no", "yes"))
+    task = make_task("film", ("no", "yes"), ("bad", "good"))
+    taken: list[list[int]] = []
+
+    def gradient(scorer: Any, params: Any, rows: Any, chosen: np.ndarray) -> dict[str, float]:
+        taken.append(chosen.tolist())
+        for value in params.values():
+            value.grad = torch.ones_like(value)
+        return {"loss": 1.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(module, "prompt_gradient", gradient)
+    flags = {"out": "", "batch": 3, "accumulation": 2, "epochs": 4, "patience": 50, "rate": 3e-3}
+    if module is tune_module:
+        config = TuneConfig(**flags, prompt_tokens=2, init="random")
+        loop = tune_module.tune(backbone, task, train, held, config, RunOptions(quiet=True)).loop
+    else:
+        loop = finetune_module.finetune(
+            backbone, task, train, held, FinetuneConfig(**flags), RunOptions(quiet=True)
+        )
+    # 40 samples in steps of 6: seven; every sample once an epoch; an evaluation each 10/6 = 2 steps
+    # and at both ends.
+    assert [len(chosen) for chosen in taken] == [6] * 7
+    order = [row for chosen in taken for row in chosen]
+    for epoch in range(4):
+        assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    steps = [line["step"] for line in loop.state.metrics if "validation_loss" in line]
+    assert steps == [0, 2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("template", ["{text} It was <extra_id_0>.", "film: {text} <extra_id_0> !"])
+def test_a_text_is_cut_where_serving_cuts_it_and_the_template_never(
+    tiny_t5: Path, template: str
+) -> None:
+    tokenizer = load_backbone(str(tiny_t5)).tokenizer
+    parts = compile_template(tokenizer, template)
+    served = ServedTask(
+        "film", ["no", "yes"], ["bad", "good"], [5, 6], template, list(parts.before),
+        list(parts.after), max_tokens=9,
+    )  # fmt: skip
+    texts = ["the food was not very good but the story is great", "bad", "", "a film " * 3000]
+    rows = encode_texts(tokenizer, parts, texts, 9)
+    encoder = Encoder(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), 512)
+    encoded = encoder.encode(texts, [served] * len(texts))
+    assert [item.ids for item in encoded] == rows
+    assert [item.truncated for item in encoded] == [True, False, False, True]
+    whole = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    room = 9 - parts.tokens
+    assert rows[0] == [*parts.before, *whole[:room], *parts.after]
+    assert [len(row) for row in rows] == [9, parts.tokens + 1, parts.tokens, 9]
+    with pytest.raises(UserError, match=rf"leaves no room .* {parts.tokens} tokens: raise it"):
+        encode_texts(tokenizer, parts, texts, parts.tokens)
