@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from reproduce_toy import write_source, write_task
 
-from serve.errors import Failure
+from serve.errors import Failure, UserError
 from trainer.reproduce import command, pool, work
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.store import Settings
@@ -143,6 +143,7 @@ def test_setfit_needs_no_more_rows_than_it_learns_from(
         seen["ft"] = train.texts
         return {"accuracy": 0.5}
 
+    monkeypatch.setattr(setfit_row, "check_setfit", lambda: None)
     monkeypatch.setattr(setfit_row, "run_setfit", setfit)
     monkeypatch.setattr(work, "_run_full", full)
     settings = {
@@ -151,6 +152,19 @@ def test_setfit_needs_no_more_rows_than_it_learns_from(
     }  # fmt: skip
     command.run_reproduce(ReproduceConfig(**settings))
     assert len(seen["setfit"]) == 70 and seen["setfit"] == seen["ft"]
+
+
+def test_a_row_whose_package_is_missing_is_said_before_the_others_run(
+    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.reproduce import setfit_row
+
+    monkeypatch.setattr(setfit_row.importlib.util, "find_spec", lambda name: None)
+    settings = {**toy, "what": "table1", "methods": ["ft", "setfit"]}
+    message = r"SetFit needs its package: .*\[setfit\].*, or leave setfit out of --methods"
+    with pytest.raises(UserError, match=message):
+        command.run_reproduce(ReproduceConfig(**settings))
+    assert not Path(settings["out"]).exists() or not list(Path(settings["out"]).rglob("*.json"))
 
 
 @pytest.mark.parametrize(("method", "flag"), [("metapt", "outer"), ("ppt", "ppt")])

@@ -18,7 +18,7 @@ from trainer.backbone import backbone_folder, weights_hash
 from trainer.cluster import assign
 from trainer.data import Examples
 from trainer.options import output_folder
-from trainer.reproduce import plots
+from trainer.reproduce import plots, setfit_row
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import (
     TSNE_COUNTS,
@@ -60,7 +60,8 @@ TITLES = {
 def run_reproduce(config: ReproduceConfig) -> None:
     """`python -m trainer reproduce`."""
     out = output_folder(config.out)
-    methods_of(config)
+    if "setfit" in methods_of(config) and not config.plan:
+        setfit_row.check_setfit()
     names = sources_needed(config)
     files = source_files(config, names, build=not config.plan)
     for name in [name for name in names if name not in files]:

@@ -6,6 +6,7 @@ The `setfit` package with its own defaults (contrastive pairs, 20 a sample, one 
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from typing import Any
 
@@ -19,23 +20,22 @@ from trainer.tasks import Task
 ITERATIONS = 20  # pairs a sample and polarity, the paper's R (section 4.2)
 
 
-def run_setfit(
-    train: Examples, test: Examples, task: Task, seed: int, encoder: str | None, device: str
-) -> dict[str, Any]:
-    """Train on the samples, evaluate on the test rows.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        from datasets import Dataset
-        from datasets import disable_progress_bars as quiet_datasets
-        from setfit import SetFitModel, Trainer, TrainingArguments
-    except ImportError:
+def check_setfit() -> None:
+    """Raises: UserError when the package is not installed; said before hours of other rows."""
+    if importlib.util.find_spec("setfit") is None:
         raise UserError(
             f"the row of SetFit needs its package: {install('setfit')}, or "
             "leave setfit out of --methods"
-        ) from None
+        )
+
+
+def run_setfit(
+    train: Examples, test: Examples, task: Task, seed: int, encoder: str | None, device: str
+) -> dict[str, Any]:
+    """Train on the samples, evaluate on the test rows; see `check_setfit`."""
+    from datasets import Dataset
+    from datasets import disable_progress_bars as quiet_datasets
+    from setfit import SetFitModel, Trainer, TrainingArguments
     from sklearn.metrics import f1_score
 
     quiet_datasets()
