@@ -97,6 +97,24 @@ sys.exit(", ".join(sorted((heavy | own) & set(sys.modules))) or None)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("first", ["serve.engine", "exporter.verify"])
+def test_onnxruntime_reports_nothing(folder: Path, tmp_path: Path, first: str) -> None:
+    """Its packages keep an id of the device and a queue of events in the user's cache otherwise."""
+    code = f"""
+import {first}
+from serve import Classifier
+assert Classifier({str(folder)!r}, threads=1).classify(["good"], task="film")
+"""
+    kept_apart = ("CI", "ORT_RUNNING_UNIT_TESTS", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in kept_apart}
+    environment |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not any("Microsoft" in str(path) for path in tmp_path.rglob("*"))
+
+
 def test_the_command_line_base_imports_no_runtime() -> None:
     code = (
         "import sys, serve.errors, serve.files, serve.cli; sys.exit('onnxruntime' in sys.modules)"
