@@ -16,11 +16,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel
 
 from serve.errors import UserError
 from trainer.backbone import load_backbone
 from trainer.pretraining.command import run_backbone
 from trainer.pretraining.config import BackboneConfig
+from trainer.pretraining.wordings import label_words
 
 GOOD = "lovely charming superb touching bright honest".split()
 BAD = "dull clumsy noisy tedious lifeless shallow".split()
@@ -96,6 +103,46 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
     tokenizer.write_text(tokenizer.read_text("utf-8") + "\n", "utf-8")
     anew = backbone(data, tmp_path, "--steps", "6", "--workers", "2", "--resume")
     assert anew.returncode == 2 and "tokenizer" in anew.stderr
+
+
+def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(
+    data: Path, tmp_path: Path
+) -> None:
+    make_bert(tmp_path / "bert")
+    flags = ("--teacher", str(tmp_path / "bert"), "--judge", str(tmp_path / "judge"))
+    refused = backbone(data, tmp_path, "--prepare", *flags[2:])
+    assert refused.returncode == 2 and "--teacher" in refused.stderr
+    done = backbone(data, tmp_path, "--prepare", "--workers", "2", *flags)
+    assert done.returncode == 0, done.stderr
+    judged = load_file(tmp_path / "shards" / "reviews.safetensors")["degrees"]
+    assert judged.shape[1] == 5 and judged.sum(1).float().mean() == pytest.approx(255, abs=2)
+    made = (tmp_path / "judge" / "judge.safetensors").stat().st_mtime_ns
+    done = backbone(data, tmp_path, "--steps", "2", "--workers", "2", *flags)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "judge" / "judge.safetensors").stat().st_mtime_ns == made
+    assert load_backbone(str(tmp_path / "tiny")).t5.width == 32
+    other = backbone(data, tmp_path, "--steps", "3", "--resume", *flags[:2])
+    assert other.returncode == 2 and "prepared with another judge" in other.stderr
+
+
+def make_bert(folder: Path) -> None:
+    """A BERT of the geometry that `backbone` asks for, with the label words in its vocabulary."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?<>/_:'"
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    names += [f"##{c}" for c in letters]
+    names = list(dict.fromkeys([*names, *label_words(), *GOOD, *BAD]))
+    tokenizer = Tokenizer(WordPiece({w: i for i, w in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    config = BertConfig(vocab_size=len(names), hidden_size=32, num_hidden_layers=2,
+                        num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=128)  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def test_launched_processes_take_the_steps_of_forked_ones(data: Path, tmp_path: Path) -> None:

@@ -157,13 +157,14 @@ def test_spans_come_with_questions_only_where_questions_are_asked(tokenizer: Tok
     assert questions({"span": 1.0, "words": 0.0}) >= 2
 
 
-def test_answers_belong_to_their_classes(tokenizer: Tokenizer) -> None:
+def test_targets_are_the_classes_that_rows_were_drawn_for(tokenizer: Tokenizer) -> None:
     *_, mixture = setting(tokenizer)
     for step in range(40):
         batch = mixture.batch(step, {"words": 0.5, "prefix": 0.5})
-        assert batch.words is not None and batch.classes is not None
-        own = batch.words.gather(1, batch.classes[:, None])[:, 0]
-        assert torch.equal(own, batch.answers)
+        assert batch.words is not None and batch.targets is not None
+        assert torch.equal(batch.targets.argmax(1), batch.classes)
+        assert torch.equal(batch.targets.sum(1), torch.ones(len(batch.ids)))
+        assert not batch.targets[batch.words < 0].any()
         assert (batch.ids == 3).sum(1).tolist() == [1] * len(batch.ids)  # one <extra_id_0> a row
 
 
@@ -195,6 +196,40 @@ def test_loss_of_a_restricted_row_is_the_softmax_over_its_words(tokenizer: Token
     for row, words, c in zip(logits, batch.words, batch.classes, strict=True):
         own = torch.tensor([row[w] for w in words if w >= 0])
         plain.append(float(-own.log_softmax(0)[c]))
+    assert found == pytest.approx(np.mean(plain), rel=1e-4)
+
+
+def test_a_judges_degrees_are_what_is_answered(tokenizer: Tokenizer) -> None:
+    known = pools()
+    degrees = np.random.default_rng(1).dirichlet(np.ones(5), len(known["reviews"]))
+    known["reviews"].degrees = np.round(255 * degrees).astype(np.uint8)
+    mixture = Mixture(known, tokenizer, 200, seed=3)
+    t5, auxiliary, _ = setting(tokenizer)
+    batch = mixture.batch(0, {"words": 1.0})
+    judged = [c in ("polarity", "tone", "star") for c in batch.columns]
+    assert any(judged)
+    rounded = known["reviews"].degrees / 255
+    low, middle, high = rounded[:, :2].sum(1), rounded[:, 2], rounded[:, 3:].sum(1)
+    possible = {"polarity": np.stack([low + middle / 2, high + middle / 2], 1),
+                "tone": np.stack([low, middle, high], 1), "star": rounded}  # fmt: skip
+    for column, target in zip(batch.columns, batch.targets, strict=True):
+        if column in possible:
+            table = possible[column] / possible[column].sum(1, keepdims=True)
+            nearest = np.abs(table - target[: table.shape[1]].numpy()).sum(1).min()
+            assert nearest < 1e-6
+    with torch.no_grad():
+        found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
+        start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
+        logits = t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                          decoder_input_ids=start).logits[:, -1]  # fmt: skip
+    plain = []
+    for row, words, target, alone in zip(
+        logits, batch.words, batch.targets, batch.restricted, strict=True
+    ):
+        ids = [int(w) for w in words if w >= 0]
+        among = ids if alone else auxiliary.candidates.tolist()
+        total = torch.logsumexp(row[among], 0)
+        plain.append(-sum(float(t * (row[w] - total)) for w, t in zip(ids, target, strict=False)))
     assert found == pytest.approx(np.mean(plain), rel=1e-4)
 
 

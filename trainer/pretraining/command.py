@@ -17,18 +17,23 @@ from transformers import T5ForConditionalGeneration
 from serve.cli import as_json
 from serve.errors import UserError
 from serve.files import read_json, sha256, write_json
+from trainer.cpu import keep_memory
 from trainer.options import result_folder
 from trainer.parallel import workers as processes
 from trainer.pretraining.config import KINDS, BackboneConfig
 from trainer.pretraining.convert import convert
 from trainer.pretraining.evaluate import Probe, read_probes, track
+from trainer.pretraining.judge import HEAD, JudgeSchedule
+from trainer.pretraining.judging import documents, load_judge, save_judge, train_judge, verdicts
 from trainer.pretraining.losses import Auxiliary
 from trainer.pretraining.mixture import Mixture, SoftTask, pad
 from trainer.pretraining.model import new_model, save_backbone
 from trainer.pretraining.recipe import Plain, Recipe, load_recipe
-from trainer.pretraining.shards import Pool, load_pools, prepare, read_rows
+from trainer.pretraining.rows import read_rows
+from trainer.pretraining.shards import Pool, Verdicts, load_pools, prepare
 from trainer.pretraining.state import Progress
-from trainer.pretraining.teacher import Teacher, load_teacher
+from trainer.pretraining.teacher import Teacher, load_teacher, read_bert
+from trainer.pretraining.texts import HeldOut
 from trainer.pretraining.train import Schedule, initial_prompts, train
 from trainer.pretraining.vocabulary import (
     SENTINELS,
@@ -59,6 +64,7 @@ def run_backbone(config: BackboneConfig) -> None:
     if not set(KINDS) - set(config.without) - ({"distil"} if config.teacher == "none" else set()):
         raise UserError("--without leaves no kind of batch to train on: name fewer")
     team = processes()
+    keep_memory()
     if team.main and (config.prepare or not (shards / "pools.json").is_file()):
         _prepare(config, shards)
     team.wait()  # for the shards
@@ -68,7 +74,7 @@ def run_backbone(config: BackboneConfig) -> None:
     tokenizer = load_tokenizer(shards)
     pools = load_pools(shards)
     device = team.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = None if config.teacher == "none" else load_teacher(Path(config.teacher), tokenizer)
+    teacher = None if config.teacher == "none" else load_teacher(_teacher(config), tokenizer)
     mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed)
     run = out.with_name(out.name + ".run")
     run.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,7 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
         train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
               checkpoint_seconds=config.checkpoint_seconds, report=report,
               track=watch if probes else None, workers=workers,
+              half=None if config.precision == "auto" else config.precision == "bf16",
               settings={**{name: getattr(config, name) for name in _SAME},
                         "tokenizer": _vocabulary(config)})  # fmt: skip
 
@@ -181,29 +188,60 @@ def _card(config: BackboneConfig) -> dict[str, str]:
     return {"README.md": Path(config.card).read_text("utf-8")} if config.card else {}
 
 
+def _teacher(config: BackboneConfig) -> Path:
+    """The folder of the BERT whose weights and states are learned from."""
+    return Path(config.judge or config.teacher)
+
+
 def _prepare(config: BackboneConfig, shards: Path) -> None:
     recipe = load_recipe(Path(config.labelled), Path(config.data_dir))
+    if config.judge and config.teacher == "none":
+        raise UserError(
+            "--judge is trained from a sentence encoder: name its folder with --teacher"
+        )
     further = [
         Plain(_as_parquet(Path(name), shards / f"text-{number}-{Path(name).stem}.parquet"), 10**9)
         for number, name in enumerate(config.text)
     ]
     recipe = replace(recipe, plain=[*recipe.plain, *further])
+    judge = _judge(config, recipe) if config.judge else None
     size = config.vocab_size - len(SPECIAL) - len(SENTINELS)
     shards.mkdir(parents=True, exist_ok=True)
     if config.teacher == "none":
         pieces = train_pieces(_texts(recipe), size, label_words())
     else:
-        theirs = Tokenizer.from_file(str(Path(config.teacher) / "tokenizer.json"))
-        theirs.no_truncation()
-        theirs.no_padding()
+        _, theirs = read_bert(_teacher(config))
         pieces = choose_pieces(_texts(recipe), theirs, size, label_words())
     tokenizer = build_tokenizer(pieces)
     check_single_pieces(tokenizer, label_words())
     # The pools that may stand there are of another vocabulary from here on.
     (shards / _PREPARED).unlink(missing_ok=True)
     save_tokenizer(tokenizer, shards)
-    prepare(recipe, tokenizer, shards, config.seed)
+    prepare(recipe, tokenizer, shards, config.seed, judge)
     write_json(shards / _PREPARED, _request(config))
+
+
+def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
+    """The judge of --judge, trained first where its folder does not exist."""
+    folder = Path(config.judge)
+    workers = 1 if torch.cuda.is_available() else config.workers
+    if workers > 1:
+        torch.set_num_threads(1)
+    if not (folder / HEAD).is_file():
+        judge, tokenizer = load_judge(Path(config.teacher))
+        if torch.cuda.is_available():
+            judge.cuda()
+        held_out = HeldOut.read(recipe.held_out)
+        given = documents(recipe, held_out, tokenizer, config.seed)
+        checkpoint = folder.with_name(folder.name + ".run") / "state.safetensors"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        train_judge(judge, given, JudgeSchedule(), config.seed, workers, checkpoint,
+                    resume=config.resume and checkpoint.is_file())  # fmt: skip
+        save_judge(judge, tokenizer, folder)
+    judge, tokenizer = load_judge(folder)
+    if torch.cuda.is_available():
+        judge.cuda()
+    return lambda texts: verdicts(judge, tokenizer, texts, workers)
 
 
 def _request(config: BackboneConfig) -> dict[str, Any]:
@@ -213,6 +251,7 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "text": [Path(name).name for name in config.text],
         "vocab_size": config.vocab_size,
         "teacher": config.teacher != "none",
+        "judge": bool(config.judge),
         "seed": config.seed,
     }
 

@@ -13,9 +13,10 @@ KINDS = ("distil", "words", "prefix", "full", "span")  # of batch: see `trainer.
 class BackboneConfig:
     """Pre-train a compact T5 that obeys soft prompts.
 
-    Three steps, each skipped when its result is there: tokenised shards are written to --shards,
-    a model is made (converted from --teacher, or fresh), and trained with checkpoints in --out's
-    sibling folder `OUT.run` until --steps or --minutes are used up.
+    Steps, each skipped when its result is there: with --judge a judge of sentences is trained,
+    tokenised shards are written to --shards, a model is made (converted from --teacher, or fresh),
+    and trained with checkpoints in --out's sibling folder `OUT.run` until --steps or --minutes are
+    used up.
     """
 
     out: str = option(help="folder of the finished model")
@@ -26,6 +27,9 @@ class BackboneConfig:
     text: list[str] = option([], help="further plain text: .parquet (column `text`) or .txt files")
     shards: str = option("shards", help="folder of the tokenised shards")
     teacher: str = option("none", help="folder of a BERT sentence encoder to start from, or `none`")
+    judge: str = option("", help="folder of a judge of sentences: trained there from --teacher on "
+                        "the labels of whole reviews if it does not exist; it then labels the "
+                        "sentences and is the teacher")  # fmt: skip
     convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "
                            "ones, and the teacher is only distilled from")  # fmt: skip
     without: list[str] = option([], choices=KINDS, help="kinds of batches to leave out (distil, "
@@ -47,6 +51,8 @@ class BackboneConfig:
     seed: int = option(1, help="of initialisation and data order", minimum=0)
     workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
                           "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
+    precision: str = option("auto", choices=["auto", "fp32", "bf16"], help="of the products; auto: "
+                            "bf16 where the processor multiplies it (GPU, AMX)")  # fmt: skip
     checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)
     probes: list[str] = option([], help="held-out sets (file names without .parquet in --data-dir) "
                                "whose accuracy is logged every ten minutes")  # fmt: skip
@@ -55,5 +61,6 @@ class BackboneConfig:
     examples = [
         "--data-dir data --shards shards --teacher minilm --prepare --out mini",
         "--shards shards --teacher minilm --minutes 80 --out mini",
+        "--data-dir data --shards shards --teacher minilm --judge judge --minutes 60 --out mini",
         "--shards shards --teacher minilm --steps 120 --without prefix full --out no_soft_prompts",
     ]

@@ -33,12 +33,13 @@ class Auxiliary(nn.Module):
         """Mean cross-entropy of the heads on the mean of `states` [B, S, D]."""
         weights = mask.to(states.dtype)[..., None]
         pooled = (states * weights).sum(1) / weights.sum(1)
-        assert batch.columns is not None and batch.classes is not None
+        assert batch.columns is not None and batch.targets is not None
         total = pooled.new_zeros(())
         for name in sorted(set(batch.columns)):
             rows = torch.tensor([c == name for c in batch.columns], device=pooled.device)
             logits = self.heads[name](pooled[rows])
-            total = total + F.cross_entropy(logits, batch.classes[rows], reduction="sum")
+            wanted = batch.targets[rows][:, : logits.shape[1]].to(logits.dtype)
+            total = total + F.cross_entropy(logits, wanted, reduction="sum")
         return total / len(batch.columns)
 
 
@@ -82,18 +83,17 @@ def batch_loss(t5: FrozenT5, auxiliary: Auxiliary, batch: Batch, teacher: Teache
             text_states = last[:, -batch.ids.shape[1] :]
     start = torch.tensor([0, FIRST_SENTINEL], device=batch.ids.device)
     decoded = t5.decode(start, memory)
-    assert batch.answers is not None and batch.words is not None and batch.classes is not None
+    assert batch.words is not None and batch.classes is not None and batch.targets is not None
     # Only against the other label words: against the whole vocabulary every rare row gets a tiny
     # push away from the answer, which Adam blows up to a full step. Kind `span` has the whole.
     logits = t5.scores(decoded, auxiliary.candidates).float()
     known = torch.searchsorted(auxiliary.candidates, batch.words.clamp(min=0))
     chosen = logits.gather(1, known).masked_fill(batch.words < 0, -1e9)
-    answers = torch.searchsorted(auxiliary.candidates, batch.answers)
-    losses = F.cross_entropy(logits, answers, reduction="none")
+    likelihoods = logits.log_softmax(-1).gather(1, known)
     if batch.restricted is not None:
-        own = F.cross_entropy(chosen, batch.classes, reduction="none")
-        losses = torch.where(batch.restricted, own, losses)
-    answer = losses.mean()
+        own = chosen.log_softmax(-1)
+        likelihoods = torch.where(batch.restricted[:, None], own, likelihoods)
+    answer = -(batch.targets * likelihoods).sum(1).mean()
     with torch.no_grad():
         right = (chosen.argmax(1) == batch.classes).float().mean().item()
     loss = answer + aux_weight * auxiliary.loss(text_states, batch.mask, batch)

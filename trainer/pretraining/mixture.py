@@ -36,8 +36,9 @@ PROMPT_LENGTHS = (20, 20, 20, 10, 50, 100)  # how many of a soft prompt's vector
 
 @dataclass
 class Batch:
-    """One batch. ids, mask: [B, S]; answers: [B] id of the answering word; the aux head `heads[i]`
-    judges class `classes[i]`; words: [B, C] ids of the label words, -1 padded; restricted: [B]
+    """One batch. ids, mask: [B, S]; classes: [B] what row i was drawn for, which head `columns[i]`
+    judges; words: [B, C] ids of the label words, -1 padded; targets: [B, C]
+    what is to be answered, as probabilities (1 for the class, or a judge's); restricted: [B]
     rows judged among their own label words only, since nothing says which words are wanted;
     tasks: [G] soft prompts, B a multiple of G; random: [G, P] piece ids that stand in for a soft
     prompt that says nothing (task -1); labels: [B, L] targets of kind `span`, -100 where nothing
@@ -47,10 +48,10 @@ class Batch:
     kind: str
     ids: Tensor
     mask: Tensor
-    answers: Tensor | None = None
     classes: Tensor | None = None
     columns: list[str] | None = None
     words: Tensor | None = None
+    targets: Tensor | None = None
     restricted: Tensor | None = None
     tasks: Tensor | None = None
     random: Tensor | None = None
@@ -136,9 +137,10 @@ class Mixture:
         self.colon = np.array(self.asker.ids(":"), np.uint16)
         self.tasks = soft_tasks(self.asker)
         self._add_columns()
+        self.classes = {q.column: max(len(w) for w in q.words) for q in QUESTIONS}
         self.index: dict[tuple[str, int], list[tuple[Pool, np.ndarray, np.ndarray, float]]] = {}
         for question in QUESTIONS:
-            for c in range(max(len(w) for w in question.words)):
+            for c in range(self.classes[question.column]):
                 self.index[question.column, c] = self._indexed(question.column, c)
         names = {q.name for q in QUESTIONS if self._usable(q)}
         self.questions = [q for q in QUESTIONS if q.name in names]
@@ -177,7 +179,9 @@ class Mixture:
                 found.append((pool, rows, pool.lengths[rows], share))
         return found
 
-    def _draw(self, column: str, c: int, band: int, rng: np.random.Generator) -> np.ndarray:
+    def _draw(self, column: str, c: int, band: int, rng: np.random.Generator
+              ) -> tuple[list[int], tuple[float, ...]]:  # fmt: skip
+        """A text of class c, about `band` tokens long, and the probabilities of all classes."""
         choices = self.index[column, c]
         shares = np.array([share for *_, share in choices])
         pool, rows, lengths, _ = choices[rng.choice(len(choices), p=shares / shares.sum())]
@@ -186,12 +190,15 @@ class Mixture:
         low, high = np.searchsorted(lengths, [round(band * 0.75), round(band * 1.25) + 1])
         if high - low < 2:  # nothing of this length: the nearest there is
             low, high = max(0, min(low, len(rows) - 2)), min(len(rows), max(high, low + 2))
-        text = pool.text(int(rows[rng.integers(low, high)]))
+        row = int(rows[rng.integers(low, high)])
+        text = pool.text(row)
         if column in OPINIONS and rng.random() < ASPECTS:
             # "food quality: The pizza was cold.", the form that aspect tasks have.
             start, size = rng.integers(len(text)), rng.integers(1, 4)
             text = np.concatenate([text[start : start + size], self.colon, text])
-        return text
+        if column in OPINIONS and pool.degrees is not None:
+            return text.tolist(), answers_of(column, pool.degrees[row] / 255)
+        return text.tolist(), tuple(float(i == c) for i in range(self.classes[column]))
 
     def _question(self, band: int, rng: np.random.Generator) -> Question:
         able = [
@@ -217,7 +224,7 @@ class Mixture:
 
     def _words(self, kind: str, band: int, rng: np.random.Generator) -> Batch:
         count = max(8, self.tokens // (band + (6 if kind == "distil" else 10)))
-        rows, answers, classes, columns, words = [], [], [], [], []
+        rows, classes, columns, words, targets = [], [], [], [], []
         restricted = np.zeros(count, bool)
         for row in range(count):
             question = QUESTIONS[0] if kind == "distil" else self._question(band, rng)
@@ -231,13 +238,13 @@ class Mixture:
                 options = self.asker.wordings[question.name]
                 wording = options[rng.integers(len(options))]
             c = int(rng.integers(len(wording.words)))
-            text = self._draw(question.column, c, band, rng).tolist()
+            text, target = self._draw(question.column, c, band, rng)
             rows.append([*wording.before, *text, *wording.after, EOS])
-            answers.append(wording.words[c])
+            targets.append(target)
             classes.append(c)
             columns.append(question.column)
             words.append(wording.words)
-        batch = self._pack(kind, rows, answers, classes, columns, words)
+        batch = self._pack(kind, rows, classes, columns, words, targets)
         batch.restricted = torch.from_numpy(restricted)
         return batch
 
@@ -257,7 +264,8 @@ class Mixture:
             length = min(length, 20)  # every row pays for the prompt
         own = band + 6 + (length if kind == "full" else 0)
         per_group = max(2, self.tokens // own // GROUPS)
-        rows, answers, classes, columns, words, tasks = [], [], [], [], [], []
+        rows, classes, columns, words = [], [], [], []
+        tasks, targets = [], []
         after = self.asker.template.after
         random = np.zeros((GROUPS, length), np.int64)
         for group in range(GROUPS):
@@ -272,13 +280,13 @@ class Mixture:
             tasks.append(-1 if silent else task.index)
             for _ in range(per_group):
                 c = int(rng.integers(len(task.words)))
-                text = self._draw(question.column, c, band, rng).tolist()
+                text, target = self._draw(question.column, c, band, rng)
                 rows.append([*text, *after, EOS])
-                answers.append(task.words[c])
+                targets.append(target)
                 classes.append(c)
                 columns.append(question.column)
                 words.append(task.words)
-        batch = self._pack(kind, rows, answers, classes, columns, words)
+        batch = self._pack(kind, rows, classes, columns, words, targets)
         batch.tasks, batch.prompt_length = torch.tensor(tasks), length
         batch.random = torch.from_numpy(random)
         batch.restricted = (batch.tasks < 0).repeat_interleave(per_group)
@@ -300,20 +308,30 @@ class Mixture:
             options = self.asker.wordings[question.name]
             wording = options[rng.integers(len(options))]
             c = int(rng.integers(len(wording.words)))
-            text = self._draw(question.column, c, 24, rng).tolist()
-            sources.append([*wording.before, *text, *wording.after, EOS])
+            asked_of, _ = self._draw(question.column, c, 24, rng)
+            sources.append([*wording.before, *asked_of, *wording.after, EOS])
             targets.append([FIRST_SENTINEL, wording.words[c], EOS])
         ids, mask = pad(sources)
         labels, real = pad(targets)
         return Batch("span", ids, mask, labels=labels.masked_fill(~real, -100))
 
     @staticmethod
-    def _pack(kind: str, rows: list[list[int]], answers: list[int], classes: list[int],
-              columns: list[str], words: list[tuple[int, ...]]) -> Batch:  # fmt: skip
+    def _pack(kind: str, rows: list[list[int]], classes: list[int],
+              columns: list[str], words: list[tuple[int, ...]], targets: list[tuple[float, ...]]
+              ) -> Batch:  # fmt: skip
         ids, mask = pad(rows)
         width = max(len(w) for w in words)
         table = torch.tensor([[*w, *[-1] * (width - len(w))] for w in words])
-        return Batch(kind, ids, mask, torch.tensor(answers), torch.tensor(classes), columns, table)
+        wanted = torch.tensor([[*t, *[0.0] * (width - len(t))] for t in targets])
+        return Batch(kind, ids, mask, torch.tensor(classes), columns, table, wanted)
+
+
+def answers_of(column: str, degrees: np.ndarray) -> tuple[float, ...]:
+    """What a judge's degrees [5] say to a question about opinions, as probabilities."""
+    low, middle, high = degrees[:2].sum(), degrees[2], degrees[3:].sum()
+    answers = {"polarity": (low + middle / 2, high + middle / 2), "tone": (low, middle, high),
+               "star": degrees.tolist()}[column]  # fmt: skip
+    return tuple(float(a) for a in np.array(answers) / sum(answers))
 
 
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ class Labelled:
 
     file: Parquet with a `text` column. columns: label column of the pool -> (source column,
     {source value: class}); a value that is missing means "no label". split: cut into sentences.
-    share: weight of the set among the examples of one question.
+    share: weight of the set among the examples of one question. degrees: columns that only the
+    judge of sentences learns from, in the same form.
     """
 
     name: str
@@ -27,16 +28,21 @@ class Labelled:
     genre: int = -1
     split: bool = False
     share: float = 1.0
+    degrees: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Plain text: Parquet with a `text` column, of which `documents` rows are used."""
+    """Plain text: Parquet with a `text` column, of which `documents` rows are used.
+
+    judged: from so many of its documents sentences are labelled by the judge, where there is one.
+    """
 
     file: Path
     documents: int
     genre: int = -1
     neutral: bool = False
+    judged: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def load_recipe(path: Path, folder: Path) -> Recipe:
         labelled = [_labelled(entry, folder) for entry in data.get("labelled", [])]
         plain = [
             Plain(folder / e["file"], int(e["documents"]), int(e.get("genre", -1)),
-                  bool(e.get("neutral", False)))
+                  bool(e.get("neutral", False)), int(e.get("judged", 0)))
             for e in data.get("plain", [])
         ]  # fmt: skip
     except KeyError as error:
@@ -74,18 +80,21 @@ def load_recipe(path: Path, folder: Path) -> Recipe:
             raise UserError(f"{file}, named by {path}, is missing: correct --data-dir")
     for entry in labelled:
         there = pq.read_schema(entry.file).names
-        for source in ("text", *(source for source, _ in entry.columns.values())):
+        read = [*entry.columns.values(), *entry.degrees.values()]
+        for source in ("text", *(source for source, _ in read)):
             if source not in there:
                 raise UserError(f"{entry.file} has no column '{source}', which {path} reads")
     return recipe
 
 
 def _labelled(entry: dict[str, Any], folder: Path) -> Labelled:
-    columns = {name: (source, dict(classes))
-               for name, (source, classes) in entry["columns"].items()}  # fmt: skip
-    unknown = sorted(set(columns) - set(COLUMNS))
-    if unknown:
+    columns, degrees = (
+        {name: (source, dict(classes)) for name, (source, classes) in table.items()}
+        for table in (entry["columns"], entry.get("degrees", {}))
+    )
+    if unknown := sorted({*columns, *degrees} - set(COLUMNS)):
         raise UserError(f"recipe entry {entry['name']}: no label column is called {unknown[0]}; "
                         f"there are {', '.join(COLUMNS)}")  # fmt: skip
     return Labelled(entry["name"], folder / entry["file"], columns, int(entry.get("genre", -1)),
-                    bool(entry.get("split", False)), float(entry.get("share", 1.0)))  # fmt: skip
+                    bool(entry.get("split", False)), float(entry.get("share", 1.0)),
+                    degrees)  # fmt: skip

@@ -1,17 +1,20 @@
 """`--prepare`: texts and labels become tokenised shards, small enough to carry to a GPU.
 
 A pool is one safetensors file: `tokens` (uint16, all texts one after another), `offsets`
-(int64, [N + 1]) and one int8 column [N] per label, -1 where a text has no such label.
+(int64, [N + 1]), one int8 column [N] per label, -1 where a text has no such label, and, where a
+judge read the texts, `degrees` (uint8, [N, 5]): its probabilities of the five degrees, in 255ths.
+
+Which sentences of a review have its label? With a judge (`trainer.pretraining.judge`) those whose
+words say so; without one, the first and last, and others that a bag of words agrees to.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
@@ -19,7 +22,9 @@ from tokenizers import Tokenizer
 
 from serve.errors import UserError
 from serve.files import atomic_write
+from trainer.pretraining.judge import DEGREES, NEUTRAL
 from trainer.pretraining.recipe import COLUMNS, Labelled, Plain, Recipe
+from trainer.pretraining.rows import class_of, classes_of, read_rows
 from trainer.pretraining.texts import HeldOut, pick, sentences
 
 logger = logging.getLogger(__name__)
@@ -28,17 +33,27 @@ MAX_TOKENS = 64  # of a labelled text: the tasks are sentences of about 20 words
 SPAN_TOKENS = 48  # of a plain window for span corruption
 MARGIN = 0.4  # log odds by which the bag of words must agree with an inherited label
 MARGIN_WHOLE = 0.7  # log odds by which it must contradict the label of a whole text to drop it
+# Weight of a judge's degrees that agree with the document's label, and of those against it.
+AGREES, AGAINST = 1.3, 0.3
+CLEAR, VAGUE = 0.8, 0.6  # polarity: the share of a side without neutral; the most that is neutral
+SURE = 0.6  # of three: probability from which a text has a tone
+SURE_STAR = 0.4  # of five
+JUDGED, JUDGED_SHARE = 5, 0.6  # sentences of an unlabelled document; share of their pool
+
+Verdicts = Callable[[list[str]], np.ndarray]  # texts -> probabilities of the five degrees [N, 5]
 
 
 @dataclass
 class Pool:
-    """Texts of one source. tokens: [sum S]; offsets: [N + 1]; columns: name -> [N]."""
+    """Texts of one source. tokens: [sum S]; offsets: [N + 1]; columns: name -> [N]; degrees:
+    [N, 5] in 255ths, or None."""
 
     name: str
     tokens: np.ndarray
     offsets: np.ndarray
     columns: dict[str, np.ndarray]
     share: float = 1.0
+    degrees: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,25 +66,6 @@ class Pool:
     def lengths(self) -> np.ndarray:
         """Token counts, [N]."""
         return np.diff(self.offsets)
-
-
-def read_rows(file: Path, limit: int | None = None, seed: int = 0) -> list[dict]:
-    """Rows of a Parquet file as dictionaries; a random `limit` of them where given."""
-    table = pq.read_table(file)
-    if "text" not in table.column_names:
-        raise UserError(f"{file} has no column `text`")
-    if limit is not None and limit < table.num_rows:
-        chosen = np.random.default_rng(seed).permutation(table.num_rows)[:limit]
-        table = table.take(np.sort(chosen))
-    return table.to_pylist()
-
-
-def _class(row: dict, source: str, classes: dict[str, int]) -> int:
-    value = row.get(source)
-    if value is None:
-        return -1
-    key = str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
-    return classes.get(key, -1)
 
 
 class BagOfWords:
@@ -98,7 +94,7 @@ def document_labels(recipe: Recipe, limit: int | None = None) -> list[tuple[str,
     for entry in recipe.labelled:
         if "polarity" in entry.columns:
             rows = read_rows(entry.file, limit)
-            labels = [_class(row, *entry.columns["polarity"]) for row in rows]
+            labels = [class_of(row, *entry.columns["polarity"]) for row in rows]
             found += [(r["text"], y) for r, y in zip(rows, labels, strict=True) if y >= 0]
     return found
 
@@ -107,7 +103,7 @@ def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
                   ) -> Iterator[tuple[str, dict[str, int], bool, str]]:  # fmt: skip
     """(text, classes, trusted, whole document) for every example of a labelled set."""
     for row in read_rows(entry.file):
-        classes = {name: _class(row, *spec) for name, spec in entry.columns.items()}
+        classes = classes_of(row, entry.columns)
         document = row["text"]
         if not entry.split or document.count(" ") < 24:
             parts = [(document, True)]
@@ -122,9 +118,14 @@ def labelled_rows(entry: Labelled, held_out: HeldOut, rng: np.random.Generator
 
 
 def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
-                  checker: BagOfWords | None, seed: int) -> Pool:  # fmt: skip
-    """The pool of one labelled set. Sentences of a split document keep polarity, tone and star
-    at the edges, and elsewhere only where the checker agrees with the document by MARGIN."""
+                  checker: BagOfWords | None, seed: int, judge: Verdicts | None = None
+                  ) -> Pool:  # fmt: skip
+    """The pool of one labelled set.
+
+    With a judge, opinions are its verdicts, which the document's label leans on. Without, sentences
+    of a split document keep polarity, tone and star at the edges, and elsewhere only where the
+    checker agrees with the document by MARGIN.
+    """
     rng = np.random.default_rng(seed)
     rows = list(labelled_rows(entry, held_out, rng))
     texts = [row[0] for row in rows]
@@ -133,7 +134,12 @@ def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
         for name, value in classes.items():
             columns[name][i] = value
     columns["genre"][:] = entry.genre
-    if checker is not None and ("polarity" in entry.columns):
+    degrees = None
+    if judge is not None and {"polarity", "tone", "star"} & set(entry.columns):
+        degrees = judge(texts) * np.array([leaning(row[1]) for row in rows])
+        degrees /= degrees.sum(1, keepdims=True)
+        columns |= opinions(degrees)
+    elif checker is not None and "polarity" in entry.columns:
         odds = checker(texts)
         sign = np.where(columns["polarity"] == 1, 1.0, -1.0)
         trusted = np.array([row[2] for row in rows])
@@ -146,17 +152,65 @@ def labelled_pool(entry: Labelled, tokenizer: Tokenizer, held_out: HeldOut,
             columns[name][doubtful] = -1
     if entry.genre == 0 and "subjective" not in entry.columns:
         columns["genre"][rng.random(len(rows)) < 0.5] = -1  # films are half of everything
-    return _pool(entry.name, texts, columns, tokenizer, MAX_TOKENS, entry.share)
+    return _pool(entry.name, texts, columns, tokenizer, MAX_TOKENS, entry.share, degrees)
+
+
+def leaning(classes: dict[str, int]) -> tuple[float, ...]:
+    """Weights of the five degrees by what the document says; a sentence may always be neutral."""
+    side, star = classes.get("polarity", -1), classes.get("star", -1)
+    if side < 0 and star >= 0 and star != NEUTRAL:
+        side = int(star > NEUTRAL)
+    if side >= 0:
+        sides = (AGREES, AGREES, 1.0, AGAINST, AGAINST)
+        return sides[::-1] if side else sides
+    if star < 0 and classes.get("tone", -1) == 1:
+        return (AGAINST, AGAINST, AGREES, AGAINST, AGAINST)
+    return (1.0,) * DEGREES
+
+
+def opinions(degrees: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns polarity, tone and star of probabilities [N, 5]; -1 where they are not sure."""
+    tones = np.stack([degrees[:, :2].sum(1), degrees[:, 2], degrees[:, 3:].sum(1)], 1)
+    sides = tones[:, [0, 2]] / np.maximum(tones[:, [0, 2]].sum(1, keepdims=True), 1e-6)
+    found = {
+        "polarity": (sides.argmax(1), (sides.max(1) > CLEAR) & (tones[:, 1] < VAGUE)),
+        "tone": (tones.argmax(1), tones.max(1) > SURE),
+        "star": (degrees.argmax(1), degrees.max(1) > SURE_STAR),
+    }
+    return {
+        name: np.where(sure, value, -1).astype(np.int8) for name, (value, sure) in found.items()
+    }
+
+
+def judged_pool(entries: list[Plain], tokenizer: Tokenizer, held_out: HeldOut, judge: Verdicts,
+                seed: int) -> Pool:  # fmt: skip
+    """Sentences of unlabelled documents with the judge's verdicts, five of each document."""
+    rng = np.random.default_rng(seed)
+    texts: list[str] = []
+    genres: list[int] = []
+    for entry in entries:
+        for row in read_rows(entry.file, entry.judged, seed):
+            fit = [
+                s for s in sentences(row["text"]) if 2 <= s.count(" ") <= 44 and s not in held_out
+            ]
+            chosen = rng.permutation(len(fit))[:JUDGED].tolist()
+            texts += [fit[i] for i in chosen]
+            genres += [entry.genre if rng.random() < 0.5 else -1 for _ in chosen]
+    columns = {name: np.full(len(texts), -1, np.int8) for name in COLUMNS}
+    degrees = judge(texts)
+    columns |= {"genre": np.array(genres, np.int8), **opinions(degrees)}
+    return _pool("judged", texts, columns, tokenizer, MAX_TOKENS, JUDGED_SHARE, degrees)
 
 
 def _pool(name: str, texts: list[str], columns: dict[str, np.ndarray], tokenizer: Tokenizer,
-          limit: int, share: float) -> Pool:  # fmt: skip
+          limit: int, share: float, degrees: np.ndarray | None = None) -> Pool:  # fmt: skip
     encoded = [e.ids[:limit] for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     keep = np.array([len(ids) > 1 for ids in encoded], bool)
     kept = [ids for ids in encoded if len(ids) > 1]
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in kept])]).astype(np.int64)
     tokens = np.fromiter((t for ids in kept for t in ids), np.uint16, int(offsets[-1]))
-    return Pool(name, tokens, offsets, {k: v[keep] for k, v in columns.items()}, share)
+    levels = None if degrees is None else np.round(255 * degrees[keep]).astype(np.uint8)
+    return Pool(name, tokens, offsets, {k: v[keep] for k, v in columns.items()}, share, levels)
 
 
 def plain_pools(entries: list[Plain], tokenizer: Tokenizer, held_out: HeldOut, seed: int
@@ -193,18 +247,26 @@ def plain_pools(entries: list[Plain], tokenizer: Tokenizer, held_out: HeldOut, s
     return pools
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
+def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, seed: int,
+            judge: Verdicts | None = None) -> None:  # fmt: skip
     """Write every pool of the recipe, and `pools.json`, to `folder`."""
     held_out = HeldOut.read(recipe.held_out)
     logger.info("%d held-out sentences", len(held_out.keys))
-    documents = [row for row in document_labels(recipe) if row[0] not in held_out]
-    checker = BagOfWords(documents)
-    pools = [labelled_pool(entry, tokenizer, held_out, checker, seed) for entry in recipe.labelled]
+    checker = None
+    if judge is None:
+        checker = BagOfWords([row for row in document_labels(recipe) if row[0] not in held_out])
+    pools = [labelled_pool(entry, tokenizer, held_out, checker, seed, judge)
+             for entry in recipe.labelled]  # fmt: skip
+    if judge is not None and (unlabelled := [entry for entry in recipe.plain if entry.judged]):
+        pools.append(judged_pool(unlabelled, tokenizer, held_out, judge, seed))
     pools += plain_pools(recipe.plain, tokenizer, held_out, seed)
     index = []
     for pool in pools:
+        tensors = {"tokens": pool.tokens, "offsets": pool.offsets, **pool.columns}
+        if pool.degrees is not None:
+            tensors["degrees"] = pool.degrees
         with atomic_write(folder / f"{pool.name}.safetensors") as path:
-            save_file({"tokens": pool.tokens, "offsets": pool.offsets, **pool.columns}, path)
+            save_file(tensors, path)
         counts = {c: np.bincount(v[v >= 0]).tolist() for c, v in pool.columns.items()
                   if (v >= 0).any()}  # fmt: skip
         logger.info("%s: %d texts, %d tokens, %s", pool.name, len(pool), len(pool.tokens), counts)
@@ -222,6 +284,10 @@ def load_pools(folder: Path) -> dict[str, Pool]:
     pools = {}
     for entry in json.loads(path.read_text(encoding="utf-8")):
         data = load_file(folder / f"{entry['name']}.safetensors")
-        tokens, offsets = data.pop("tokens"), data.pop("offsets")
-        pools[entry["name"]] = Pool(entry["name"], tokens, offsets, data, entry["share"])
+        tokens, offsets, degrees = (
+            data.pop("tokens"),
+            data.pop("offsets"),
+            data.pop("degrees", None),
+        )
+        pools[entry["name"]] = Pool(entry["name"], tokens, offsets, data, entry["share"], degrees)
     return pools

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertModel
+from transformers.utils import logging as transformers_logging
 
 from serve.errors import UserError
 
@@ -67,16 +68,31 @@ def _scores(module: Any, hidden: Tensor) -> Tensor:
 
 
 def load_teacher(folder: Path, tokenizer: Tokenizer) -> Teacher:
-    """Read a BERT folder (config.json, weights, tokenizer.json); UserError if it is not one."""
+    """Read a BERT folder as the teacher of a student with that tokenizer; see `read_bert`."""
     from trainer.pretraining.vocabulary import teacher_ids
 
+    bert, theirs = read_bert(folder)
+    return Teacher(bert, teacher_ids(tokenizer, theirs), theirs.get_vocab()["[CLS]"])
+
+
+def read_bert(folder: Path) -> tuple[BertModel, Tokenizer]:
+    """A BERT folder: config.json, weights, tokenizer.json, which then neither cuts nor pads.
+
+    Raises UserError if it is not one.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"--teacher {folder} holds no config.json: pass a BERT folder or `none`")
-    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bert = BertModel.from_pretrained(
-        folder, add_pooling_layer=False, attn_implementation="eager", dtype=torch.float32
-    )
-    start = theirs.token_to_id("[CLS]")
-    if start is None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if tokenizer.token_to_id("[CLS]") is None:
         raise UserError(f"--teacher {folder} has no [CLS]: it is not a BERT")
-    return Teacher(bert, teacher_ids(tokenizer, theirs), start)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report the pooler, which nobody wants
+    transformers_logging.disable_progress_bar()
+    try:
+        bert = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32,
+                                         attn_implementation="eager")  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(before)
+    return bert, tokenizer

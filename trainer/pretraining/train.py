@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.cpu import half_precision
 from trainer.parallel import workers as launched
 from trainer.pretraining.config import KINDS
 from trainer.pretraining.losses import Auxiliary, batch_loss
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Shares of the kinds of batches: while the student still has to come close to its teacher, after.
 FIRST = {"distil": 0.5, "words": 0.2, "prefix": 0.2, "full": 0.03, "span": 0.07}
-LATER = {"distil": 0.03, "words": 0.32, "prefix": 0.56, "full": 0.04, "span": 0.05}
+LATER = {"distil": 0.08, "words": 0.30, "prefix": 0.53, "full": 0.04, "span": 0.05}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Schedule:
     prompt: float = 1e-2
     warmup: int = 150
     fresh_warmup: int = 20
-    first: float = 0.15
+    first: float = 0.2
     steps: int | None = None
     minutes: float | None = None
     clip: float = 1.0
@@ -116,10 +117,11 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
           schedule: Schedule, folder: Path, *, resume: bool = False,
           checkpoint_seconds: float = 120.0, report: Callable[[Progress, dict], None] | None = None,
           track: Callable[[Progress], None] | None = None, track_seconds: float = 600.0,
-          workers: int = 1, stop_after: int | None = None,
+          workers: int = 1, stop_after: int | None = None, half: bool | None = None,
           settings: dict[str, Any] | None = None) -> Progress:  # fmt: skip
     """Train until the schedule ends (or, for tests, `stop_after` steps); returns the progress.
 
+    half: products in bf16; None: where the device multiplies it.
     settings: of the run; a checkpoint of others is refused. The number of processes is added.
 
     Writes `state.safetensors` every `checkpoint_seconds` and `log.jsonl` to `folder`.
@@ -128,7 +130,8 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
         schedule = replace(schedule, without=(*schedule.without, "distil"))
     device = t5.model.device
     count = launched().count if launched().count > 1 else workers
-    half = device.type == "cuda" or launched().precision == "bf16"
+    if half is None:
+        half = half_precision(device) or launched().precision == "bf16"
     modules: dict[str, nn.Module] = {"model": t5.model, "auxiliary": auxiliary}
 
     def compute(rank: int, step: int, done: float) -> list[float]:
