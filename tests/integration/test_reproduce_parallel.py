@@ -33,7 +33,7 @@ def test_jobs_do_not_change_the_table(tmp_path: Path, tiny_t5: Path) -> None:
         run_reproduce(
             ReproduceConfig(
                 what="table1", backbone=str(tiny_t5), tasks=["sst2"], seeds=[1, 2],
-                methods=["pt", "metapt", "metapt-ppt"], data_dir=str(tmp_path / "data"),
+                methods=["pt", "pt-vocab", "metapt", "metapt-ppt"], data_dir=str(tmp_path / "data"),
                 source=str(source), out=str(tmp_path / f"jobs{jobs}"), train=20, validation=20,
                 prompt_tokens=4,
                 meta_steps=4, meta_evaluate_every=2, epochs=4, rate=0.05, modes=["prefix"],
@@ -41,7 +41,7 @@ def test_jobs_do_not_change_the_table(tmp_path: Path, tiny_t5: Path) -> None:
             )
         )  # fmt: skip
     one, two = (accuracies(tmp_path / f"jobs{jobs}/table1.csv") for jobs in (1, 2))
-    assert len(one) == 6 and one == two
+    assert len(one) == 8 and one == two
 
 
 def test_what_waits_for_a_failed_start_is_told_so(tmp_path: Path, tiny_t5: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from serve.errors import Failure, UserError
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import Facts, make_plan
+from trainer.reproduce.plan import Facts, make_plan, sources_needed
 from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
 from trainer.tasks import PAPER_TASKS
@@ -121,6 +121,15 @@ def test_an_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
 def test_the_template_alone_runs_once_for_all_seeds() -> None:
     plan = make_plan(ReproduceConfig(what="table1", methods=["words"], tasks=["sst2"]), FACTS)
     assert len(plan) == 5 and len({settings_hash(run.settings) for run in plan}) == 1
+
+
+def test_words_of_the_vocabulary_need_no_source_and_no_start() -> None:
+    config = ReproduceConfig(what="table1", methods=["pt-vocab", "pt"], tasks=["sst2"], seeds=[1])
+    assert sources_needed(config) == []
+    words, random = make_plan(config, FACTS)
+    assert words.start is None and random.start is None
+    assert words.settings["start"] == {"method": "vocab"}
+    assert {**words.settings, "start": 0} == {**random.settings, "start": 0}
 
 
 def test_metapt_may_go_on_from_ppts_prompt(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from serve.cli import option
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
-# On request: the template alone, without prompt or sample; MetaPT that goes on from PPT's prompt.
-EXTRA_METHODS = ("words", "metapt-ppt")
+# On request: the template alone, without prompt or sample; prompt tuning from words of the
+# vocabulary, MetaPT's and PPT's own start without a source; MetaPT that goes on from PPT's prompt.
+EXTRA_METHODS = ("words", "pt-vocab", "metapt-ppt")
 CLUSTERINGS = ("kmeans", "lda", "random", "label")
 
 
@@ -28,8 +29,8 @@ class ReproduceConfig:
     tasks: list[str] = option([], help="any subset (default: the paper's for this table)")
     methods: list[str] = option(
         [],
-        help="rows (default: the paper's, and SetFit); words is the template alone, metapt-ppt "
-        "is MetaPT from PPT's prompt",
+        help="rows (default: the paper's, and SetFit); words is the template alone, pt-vocab is PT "
+        "from words of the vocabulary, metapt-ppt is MetaPT from PPT's prompt",
     )
     seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0)
     modes: list[str] = option(["full"], help="attention modes; full is the paper's")

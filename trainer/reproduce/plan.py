@@ -20,11 +20,13 @@ from trainer.tasks import PAPER_TASKS, get_task
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
     "metapt-y": "MetaPT(Y)", "setfit": "SetFit (all-MiniLM-L6-v2)",
-    "words": "template alone", "metapt-ppt": "MetaPT from PPT's prompt",
+    "words": "template alone", "pt-vocab": "PT (words of the vocabulary)",
+    "metapt-ppt": "MetaPT from PPT's prompt",
 }  # fmt: skip
 CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label": "label"}
 
 _NO_PROMPT = ("ft", "setfit", "words")
+_UNTRAINED = {"pt": "random", "pt-vocab": "vocab"}  # starts that no source is needed for
 SAMPLES = tuple(10 * 2**i for i in range(9))  # figure 2: 10 ... 2,560
 SOURCE_SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # figure 3a; cut to what there is
 CLUSTER_COUNTS = (3, 6, 10, 15, 20, 25, 30)  # figure 3b
@@ -52,7 +54,7 @@ class Run:
     def start(self) -> Settings | None:
         """The settings of the start that must be trained before, if one must."""
         start = self.settings.get("start")
-        return start if start and start["method"] != "random" else None
+        return start if start and start["method"] not in _UNTRAINED.values() else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def methods_of(config: ReproduceConfig) -> list[str]:
 def sources_needed(config: ReproduceConfig) -> list[str]:
     """Names of the sources that the rows train on."""
     methods = methods_of(config)
-    needed = [] if set(methods) <= {"ft", "pt", "setfit", "metapt-y", "words"} else ["text"]
+    without = {*_NO_PROMPT, *_UNTRAINED, "metapt-y"}
+    needed = [] if set(methods) <= without else ["text"]
     if config.what == "figure4":
         needed = ["text"]
     return needed + (["yelp"] if "metapt-y" in methods else [])
@@ -241,8 +244,8 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
         train = x if config.what == "figure2" else config.train
         for mode in config.modes if method not in _NO_PROMPT else [""]:
             start: Settings | None = None
-            if method == "pt":
-                start = {"method": "random"}
+            if method in _UNTRAINED:
+                start = {"method": _UNTRAINED[method]}
             elif source is not None:
                 kind = "metapt" if method == "metapt-y" else method
                 start = _start(config, facts, kind, mode, source)

@@ -172,12 +172,13 @@ def _run_prompt(
 ) -> dict[str, Any]:  # fmt: skip
     backbone = _frozen(where.backbone, where.device)
     mode, start = settings["mode"], settings["start"]
-    init = "random" if start["method"] == "random" else str(Store(where.out).start_path(start))
+    fresh = start["method"] in ("random", "vocab")
+    init = start["method"] if fresh else str(Store(where.out).start_path(start))
     config = TuneConfig(
         out="", mode=mode, prompt_tokens=settings["prompt_tokens"], init=init, **_shared(settings)
     )
     params = initial_params(backbone, init, mode, config.prompt_tokens, config.seed)
-    drawn = config.seed if init == "random" else 0  # any other start is the same for all seeds
+    drawn = config.seed if fresh else 0  # any other start is the same for all seeds
     names = ("backbone", "task", "data", "limit_eval", "max_tokens", "prompt_tokens")
     key = (init, mode, drawn, *(settings[name] for name in names))
     if key not in _at_start:
