@@ -180,9 +180,7 @@ class Loop:
 
     def run(self) -> Params:
         """Train to the end and return the best tensors seen. Resumes where a checkpoint stands."""
-        resumed = self._restore()
-        workers().wait()  # before the main process may write a newer checkpoint
-        if resumed:
+        if self._start():
             log.info("resuming %s at step %d", self.label, self.state.step)
         schedule, state = self.schedule, self.state
         started, saved = time.monotonic() - state.seconds, time.monotonic()
@@ -252,7 +250,8 @@ class Loop:
     def _evaluate(self, measured: dict[str, float], bar: tqdm[Any]) -> None:
         state = self.state
         with workers().autocast():
-            score = self.evaluate()
+            measured_here = self.evaluate()
+        score = workers().of_main(lambda: measured_here)
         self._whole = False
         # A loss that creeps down by less than a thousandth is no reason to go on.
         improved = score.loss < 0.999 * state.lowest_loss or (
@@ -308,30 +307,50 @@ class Loop:
             (folder / "state.json").write_text(json.dumps(record))
             (folder / METRICS_FILE).write_text(self.metrics_text())
 
-    def _restore(self) -> bool:
-        if self.checkpoint is None or not (self.checkpoint / "state.json").is_file():
+    def _start(self) -> bool:
+        """Begin in all processes as the main one does; whether that is at a checkpoint."""
+        team = workers()
+        # The start is sent, so it may differ by rounding, as versions may at the user's risk.
+        same = {k: v for k, v in self.fingerprint.items() if k not in ("start", "versions")}
+        team.check_equal({**same, **same.pop("config", {})})
+        tensors: dict[str, Tensor] = {}
+        record = team.of_main(lambda: self._read(tensors))
+        for name, value in self.params.items():
+            if f"params/{name}" in tensors:
+                with torch.no_grad():
+                    value.copy_(tensors[f"params/{name}"])
+                    self.best[name].copy_(tensors[f"best/{name}"])
+            team.copy_main(value)
+            team.copy_main(self.best[name])
+        if record is None:
             return False
+        best, lowest = record.pop("best"), record.pop("lowest_loss")
+        moved = record.pop("moved")
+        self.state = State(**record)
+        self.state.best = None if best is None else Score(**best)
+        self.state.lowest_loss = math.inf if lowest is None else lowest
+        for name, value in self.params.items():
+            if name not in moved:
+                continue
+            # AdamW keeps its step count on the CPU; the moments follow the weights.
+            empty = {"step": torch.zeros(()), **{m: torch.zeros_like(value) for m in _MOMENTS[1:]}}
+            self.optimizer.state[value] = empty
+            for moment, tensor in empty.items():
+                if f"{moment}/{name}" in tensors:
+                    tensor.copy_(tensors[f"{moment}/{name}"])
+                team.copy_main(tensor)
+        return True
+
+    def _read(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """The checkpoint's record, with the names of what AdamW has `moved`; its tensors go into
+        `tensors`. None if there is none."""
+        if self.checkpoint is None or not (self.checkpoint / "state.json").is_file():
+            return None
         record = read_json(self.checkpoint / "state.json")
-        tensors = read_tensors(self.checkpoint / "state.safetensors", "remove it to start anew")
+        tensors |= read_tensors(self.checkpoint / "state.safetensors", "remove it to start anew")
         if record.pop("fingerprint") != self.fingerprint:
             raise UserError(
                 f"checkpoint {self.checkpoint} is of a run with other settings: repeat those, pass "
                 "another --out, or remove the folder to start anew"
             )
-        best, lowest = record.pop("best"), record.pop("lowest_loss")
-        self.state = State(**record)
-        self.state.best = None if best is None else Score(**best)
-        self.state.lowest_loss = math.inf if lowest is None else lowest
-        with torch.no_grad():
-            for name, value in self.params.items():
-                value.copy_(tensors[f"params/{name}"])
-                self.best[name].copy_(tensors[f"best/{name}"])
-                if f"step/{name}" in tensors:
-                    self.optimizer.state[value] = {
-                        # AdamW keeps its step count on the CPU; the moments follow the weights.
-                        moment: tensors[f"{moment}/{name}"].to(
-                            "cpu" if moment == "step" else value.device
-                        )
-                        for moment in _MOMENTS
-                    }
-        return True
+        return {**record, "moved": [name for name in self.params if f"step/{name}" in tensors]}

@@ -2,7 +2,9 @@
 
 The rows of a step (for MetaPT its tasks) are divided over the processes and their gradients are
 summed, so every process takes the step that one process alone would have taken. Evaluation runs in
-all of them on the same rows, which keeps their decisions (best, patience) equal without messages.
+all of them on the same rows, and the main process's figures decide (best, patience): machines of
+other makes round otherwise. They need not share a disk: only the main process reads and writes
+checkpoints.
 
 A backbone that does not fit on one device is divided instead (tensor parallelism): then all
 processes take all rows, each with its part of the weights (`trainer.sharding`).
@@ -18,10 +20,12 @@ import atexit
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +37,9 @@ from trainer.sharding import WHOLE, Shards
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+SILENCE = 30  # seconds after which a machine that does not answer counts as lost
 _GONE = (
     "another process of this run died: start the same command again, and it goes on from the last "
     "checkpoint"
@@ -95,7 +102,17 @@ class Workers:
                 # The mesh and the wrapping that these ask for are for models given to accelerate.
                 os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG")
                 os.environ.pop("ACCELERATE_USE_FSDP", None)
-            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            _choose_interface()
+            try:
+                self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            except RuntimeError as error:
+                raise Failure(
+                    f"the processes of this run do not reach each other ({_first_line(error)}): "
+                    "check that all were started, that every port is open between the machines, "
+                    "and name the network's interface in GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME "
+                    "on GPUs)"
+                ) from error
+            _notice_lost_machines()
             # An interpreter that ends with gloo's threads alive is aborted now and then.
             atexit.register(_leave)
             if self.main:
@@ -152,10 +169,50 @@ class Workers:
         """
         if self._accelerator is None:
             return tensor
-        try:
+        with _others_alive():
             return self._accelerator.reduce(tensor, reduction="sum")
-        except RuntimeError as error:  # gloo and nccl say which connection broke, not why
-            raise Failure(f"{_GONE} ({str(error).splitlines()[0][:120]})") from error
+
+    def of_main(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns in the main process, where alone it is called, in all of them.
+
+        Raises:
+            UserError, Failure: `ask` raised it. Failure: a process of the run is gone.
+        """
+        if self._accelerator is None:
+            return ask()
+        answer: list[Any] = [None, None]
+        if self.main:
+            try:
+                answer[0] = ask()
+            except (UserError, Failure) as error:
+                answer[1] = error
+        with _others_alive():
+            torch.distributed.broadcast_object_list(answer, device=self.device)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def copy_main(self, tensor: Tensor) -> None:
+        """Make a tensor that all processes have what it is in the main one, in place."""
+        if self._accelerator is None:
+            return
+        sent = tensor.detach().to(self._accelerator.device).contiguous()
+        with _others_alive():
+            torch.distributed.broadcast(sent, 0)
+        with torch.no_grad():
+            tensor.copy_(sent)
+
+    def check_equal(self, values: dict[str, Any]) -> None:
+        """Raises: UserError in every process, unless all have the same values."""
+        theirs = self.of_main(lambda: values)
+        if self._accelerator is None or not theirs:
+            return
+        others = {name: float(values.get(name) != value) for name, value in theirs.items()}
+        if named := [name for name, count in self.sum_values(others).items() if count]:
+            raise UserError(
+                f"the processes of this run differ in {', '.join(named)}: give every machine the "
+                "same command, data and backbone"
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes: bf16 where accelerate is configured so."""
@@ -192,6 +249,64 @@ class Workers:
         """Let all processes arrive here before any goes on."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """Raises: Failure when a process of the run is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and nccl say which connection broke, not why
+        raise Failure(f"{_GONE} ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _choose_interface() -> None:
+    """Let gloo listen where the main process is reached from.
+
+    It would take the address that this machine's own name has, which is 127.0.1.1 on many (Debian's
+    /etc/hosts), where no other machine finds it.
+    """
+    main = os.environ.get("MASTER_ADDR", "")
+    if "GLOO_SOCKET_IFNAME" in os.environ or not main:
+        return
+    import psutil  # accelerate needs it too
+
+    try:
+        kind, _, _, _, target = socket.getaddrinfo(main, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return  # what is wrong with the address is said when it is used
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in (address.address.split("%")[0] for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _notice_lost_machines() -> None:
+    """Have the kernel break connections to machines that have fallen silent.
+
+    One that loses its power or its network closes nothing: gloo, which only waits for what comes,
+    would for half an hour.
+    """
+    for entry in Path("/proc/self/fd").glob("*"):  # gloo's own connections are told nowhere
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as found:
+                if found.type != socket.SOCK_STREAM or found.family == socket.AF_UNIX:
+                    continue
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, SILENCE // 2))
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, SILENCE // 6))
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
+        except OSError:
+            continue  # closed meanwhile
 
 
 def _leave() -> None:

@@ -169,7 +169,8 @@ def meta_train(
         (held_rows.batch(support), held_rows.batch(query), tasks)
         for support, query, tasks in episodes
     ]
-    alpha = float(config.inner_rate) or _search_rate(scorer, params, batches)
+    found = float(config.inner_rate) or _search_rate(scorer, params, batches)
+    alpha = workers().of_main(lambda: found)
     rates = InnerRates(params, alpha, learned=config.learn_rates)
     trained = {**params, **rates.trained}
     # Stages take batched gradients, which sums over processes have no rule for.
