@@ -5,7 +5,8 @@ row per group and for a runtime that executes the graph as it stands:
 
 - query, key and value are one product, weights lie transposed as the products read them;
 - position bias is a table over distances, gathered for the batch's length, and added together with
-  the masks once for all layers;
+  the masks once for all layers; that of the prompt's part is the same for all rows of a group, and
+  so small that adding it to a layer's scores reads little besides the scores;
 - rows come in groups of one task each (`task_id` names a group's task; the sizes tell how many
   rows it has): what the rows of a task share is read once, and multiplied by all of them at once;
 - the decoder does only what the text can change (`exporter.decoder`).
@@ -90,50 +91,64 @@ class Encoder(nn.Module):
         flat = self.distance_bias.index_select(0, (distance + self.reach).flatten())
         return flat.t().unflatten(1, distance.shape)
 
-    def forward(
-        self, hidden: Tensor, bias: Tensor, prompt: PromptKV | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Encode.
-
-        Args:
-            hidden: [B, S, D].
-            bias: of positions and masks, [G, H, R, S, P + S], or [B, H, S, S] without a prompt.
-            prompt: gives a layer's keys and values for each group.
+    def forward(self, hidden: Tensor, bias: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode rows that hold all there is to see: [B, S, D], with bias [B, H, S, S].
 
         Returns:
-            states [B, S, D] after the final norm, and without a prompt per layer [B, 2, H, S, K],
-            the keys and values of what was encoded.
+            states [B, S, D] after the final norm, and per layer [B, 2, H, S, K], the keys and
+            values of what was encoded.
         """
         collected = []
         for index in range(self.layers):
             attention = cast(SelfAttention, self.attention[index])
-            if prompt is None:
-                query, key, value = attention.project(hidden)
-                collected.append(torch.stack((key, value), dim=1))
-                context = (query @ key.transpose(-1, -2) + bias).softmax(-1) @ value
-            else:
-                context = self._grouped(attention, hidden, bias, *prompt.layer(index))
-            hidden = attention.join(hidden, context)
-            hidden = self.feed[index](hidden)
+            query, key, value = attention.project(hidden)
+            collected.append(torch.stack((key, value), dim=1))
+            context = (query @ key.transpose(-1, -2) + bias).softmax(-1) @ value
+            hidden = self.feed[index](attention.join(hidden, context))
         return self.final(hidden), collected
 
+    def behind(self, prompt: PromptKV, text: Tensor, present: Tensor, seen: Tensor) -> Tensor:
+        """Encode texts behind their group's prompt.
+
+        Args:
+            prompt: gives a layer's keys and values for each group.
+            text: [B, S, D].
+            present, seen: masks as bias, of the prompts [G, P] and of the texts [G, R, S].
+
+        Returns:
+            states [B, S, D] after the final norm.
+        """
+        before, (groups, _, length) = present.shape[1], seen.shape
+        position = self.position(before, length)[:, None]  # [H, 1, S, P + S]
+        shared = position[..., :before] + present[:, None, None, None]  # [G, H, 1, S, P]
+        own = position[..., before:] + seen[:, None, :, None]  # [G, H, R, S, S]
+        hidden = text.view(groups, -1, text.shape[-1])  # the rows of a group on end: [G, RS, D]
+        for index in range(self.layers):
+            attention = cast(SelfAttention, self.attention[index])
+            context = self._look(attention, hidden, shared, own, *prompt.layer(index))
+            hidden = self.feed[index](attention.join(hidden, context))
+        return self.final(hidden).view(text.shape)
+
     @staticmethod
-    def _grouped(
-        attention: SelfAttention, hidden: Tensor, bias: Tensor, key: Tensor, value: Tensor
+    def _look(
+        attention: SelfAttention,
+        hidden: Tensor,
+        shared_bias: Tensor,
+        own_bias: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> Tensor:
         """Attention to a group's prompt, key and value [G, H, P, K], and to the row itself: the
         first product has R x S rows for each group and head, which is large where a batch has few
         groups. Returns [G, H, RS, K].
         """
-        groups, heads, before, narrow = key.shape
-        rows, length, width = hidden.shape
-        parts = attention.project(hidden.view(groups, -1, width))  # each [G, H, RS, K]
-        split = (groups, heads, rows // groups, length)
-        own_query, own_key, own_value = (part.reshape(*split, narrow) for part in parts)
-        first = (parts[0] @ key.transpose(-1, -2)).view(*split, before)
-        scores = torch.cat((first, own_query @ own_key.transpose(-1, -2)), dim=-1)
-        weights = (scores + bias).softmax(-1)  # [G, H, R, S, P + S]
-        shared = weights[..., :before].reshape(groups, heads, -1, before) @ value
+        before, split = key.shape[2], own_bias.shape[:-1]  # G, H, R, S
+        parts = attention.project(hidden)  # each [G, H, RS, K]
+        own_query, own_key, own_value = (part.reshape(*split, part.shape[-1]) for part in parts)
+        first = (parts[0] @ key.transpose(-1, -2)).view(*split, before) + shared_bias
+        second = own_query @ own_key.transpose(-1, -2) + own_bias
+        weights = torch.cat((first, second), dim=-1).softmax(-1)  # [G, H, R, S, P + S]
+        shared = weights[..., :before].reshape(*split[:2], -1, before) @ value
         own = weights[..., before:] @ own_value
         return shared + own.view(shared.shape)
 
@@ -188,24 +203,23 @@ class ServedGraph(nn.Module):
         before, (rows, length), groups = self.prompt_tokens, input_ids.shape, task_id.shape[0]
         slots = torch.arange(before, device=input_ids.device)
         lengths = bank_length.index_select(0, task_id)[:, None, None]
-        present = (slots >= before - lengths).expand(-1, rows // groups, -1)  # left padded
+        present = masked_bias(slots >= before - lengths, self.shared.dtype)  # left padded
         words = label_ids.index_select(0, task_id)  # [G, C]
-        seen = torch.cat((present, attention_mask.bool().view(groups, -1, length)), dim=-1)
-        masks = masked_bias(seen, self.shared.dtype)  # [G, R, P + S]
+        seen = masked_bias(attention_mask.bool(), self.shared.dtype).view(groups, -1, length)
+        spread = present.expand(-1, rows // groups, -1)
+        masks = torch.cat((spread, seen), dim=-1).view(rows, 1, -1)  # [B, 1, P + S]
         text = functional.embedding(input_ids, self.shared)
         if self.mode == "full":
-            spread = prompts[0].index_select(0, task_id)[:, None].expand(-1, rows // groups, -1, -1)
-            whole = torch.cat((spread.reshape(rows, before, -1), text), dim=1)
+            copies = prompts[0].index_select(0, task_id)[:, None].expand(-1, rows // groups, -1, -1)
+            whole = torch.cat((copies.reshape(rows, before, -1), text), dim=1)
             position = self.encoder.position(0, before + length)
-            masks = masks.view(rows, 1, -1)
-            states, _ = self.encoder(whole, position + masks[:, None], None)
+            states, _ = self.encoder(whole, position + masks[:, None])
             decoded = self.decoder(None, states, masks)
         else:
-            position = self.encoder.position(before, length)[:, None]  # [H, 1, S, P + S]
             kv = PromptKV(prompts[0], task_id)
-            states, _ = self.encoder(text, position + masks[:, None, :, None], kv)
+            states = self.encoder.behind(kv, text, present[:, 0], seen)
             shared = prompts[1].index_select(0, task_id)
-            decoded = self.decoder(shared, states, masks.view(rows, 1, -1))  # [B, D]
+            decoded = self.decoder(shared, states, masks)  # [B, D]
         columns = functional.embedding(words.clamp(min=0), self.head)  # [G, C, D]
         scores = decoded.view(groups, -1, decoded.shape[-1]) @ columns.transpose(-1, -2)
         return scores.masked_fill((words < 0)[:, None], MASKED[scores.dtype]).flatten(0, 1)
@@ -230,7 +244,7 @@ class PrefixGraph(nn.Module):
         slots = torch.arange(self.prompt_tokens, device=prompt.device)
         seen = (slots >= self.prompt_tokens - length)[None]
         bias = self.position + masked_bias(seen, self.position.dtype)[:, None, None, :]
-        states, kv = self.encoder(prompt[None], bias, None)
+        states, kv = self.encoder(prompt[None], bias)
         return torch.cat(kv, dim=0), states[0]
 
 
@@ -254,7 +268,7 @@ class SingleFileGraph(nn.Module):
                 embeddings = prompt["prompt_embeddings"]
                 with torch.no_grad():
                     position = self.encoder.position(0, embeddings.shape[0])
-                    states, layers = self.encoder(embeddings[None], position[None], None)
+                    states, layers = self.encoder(embeddings[None], position[None])
                 kv = torch.stack(layers, dim=1)
             else:
                 kv, states = prompt["kv"][None], prompt["states"][None]
@@ -267,18 +281,17 @@ class SingleFileGraph(nn.Module):
         rows, length = input_ids.shape
         prompt = cast(Tensor, self.prompt)
         before = prompt.shape[1]
-        present = torch.ones_like(input_ids[:, :1], dtype=torch.bool).expand(-1, before)
-        seen = torch.cat((present, attention_mask.bool()), dim=1)
-        masks = masked_bias(seen, prompt.dtype)[:, None]  # [B, 1, P + S]
+        seen = masked_bias(attention_mask.bool(), prompt.dtype)
+        masks = functional.pad(seen, (before, 0))[:, None]  # [B, 1, P + S]
         text = functional.embedding(input_ids, self.shared)
         if self.mode == "full":
             whole = torch.cat((prompt.expand(rows, -1, -1), text), dim=1)
             position = self.encoder.position(0, before + length)
-            states, _ = self.encoder(whole, position + masks[:, None], None)
+            states, _ = self.encoder(whole, position + masks[:, None])
             decoded = self.decoder(None, states, masks)
         else:
-            position = self.encoder.position(before, length)[:, None]
             kv = PromptKV(cast(Tensor, self.kv), None)
-            states, _ = self.encoder(text, position + masks, kv)  # one group: [H, B, S, P + S]
+            present = torch.zeros_like(prompt[..., 0])
+            states = self.encoder.behind(kv, text, present, seen[None])  # all rows are one group
             decoded = self.decoder(prompt, states, masks)
         return decoded @ cast(Tensor, self.word_rows)
