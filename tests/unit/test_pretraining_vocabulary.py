@@ -1,5 +1,6 @@
 """The student's tokenizer: sentinels, single pieces, the teacher's segmentation."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,11 @@ def test_ids_and_sentinels_as_in_t5(student: Tokenizer, tmp_path: Path) -> None:
     assert loaded.convert_ids_to_tokens(ids)[-3:] == ["<extra_id_0>", ".", "</s>"]
     assert ids[-1] == 1
     assert load_tokenizer(tmp_path).encode("It was <extra_id_0>.").ids == ids
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # The names that transformers 4.57 knows as well.
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == list(SENTINELS)
+    assert "extra_special_tokens" not in written
 
 
 def test_no_ordinary_word_is_unknown(student: Tokenizer) -> None:

@@ -17,6 +17,7 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import PreTrainedTokenizerFast
 
 from serve.errors import UserError
+from serve.files import read_json, write_json
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 SPECIAL = (PAD, EOS, UNK)  # ids 0, 1, 2, as in T5
@@ -120,6 +121,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(folder)
+    # transformers 5 writes names that 4.57 does not know; both read the older ones.
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(path, config)
 
 
 def check_single_pieces(tokenizer: Tokenizer, words: Sequence[str]) -> None:
