@@ -29,7 +29,7 @@ _TABLE = {
     "tasks": ("listing", "TasksConfig", "listing", "run_tasks", "list the registered tasks"),
     "reproduce": ("reproduce.config", "ReproduceConfig", "reproduce.command", "run_reproduce",
                   "the paper, again"),
-    "backbone": ("pretraining.config", "BackboneConfig", "pretraining.command", "run_backbone",
+    "backbone": ("pretraining.config", "BackboneConfig", "pretraining.command", "backbone_command",
                  "train a compact T5"),
 }  # fmt: skip
 

@@ -58,13 +58,18 @@ _SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "h
 SHIPPED = 20  # of which so many are shipped as starting points
 
 
+def backbone_command(config: BackboneConfig) -> None:
+    """`run_backbone` in a process of its own, which may keep its memory to its end."""
+    keep_memory()
+    run_backbone(config)
+
+
 def run_backbone(config: BackboneConfig) -> None:
     """Prepare, convert, train, save; see `BackboneConfig`."""
     shards, out = Path(config.shards), result_folder(config.out, "config.json").absolute()
     if not set(KINDS) - set(config.without) - ({"distil"} if config.teacher == "none" else set()):
         raise UserError("--without leaves no kind of batch to train on: name fewer")
     team = processes()
-    keep_memory()
     if team.main and (config.prepare or not (shards / "pools.json").is_file()):
         _prepare(config, shards)
     team.wait()  # for the shards

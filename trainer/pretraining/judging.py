@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from serve.errors import Failure
 from serve.files import atomic_folder
-from trainer.cpu import half_precision, keep_memory
+from trainer.cpu import half_precision
 from trainer.pretraining.judge import (
     HEAD,
     Batches,
@@ -107,7 +107,6 @@ def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule
                 workers: int, checkpoint: Path, *, resume: bool = False,
                 stop_after: int | None = None) -> Progress:  # fmt: skip
     """Train in place; `checkpoint` is written every 200 steps, and read with `resume`."""
-    keep_memory()
     device = judge.device
     judge.bert.embeddings.word_embeddings.requires_grad_(False)  # rare words keep their place
     batches = Batches(given, schedule.tokens, seed)
