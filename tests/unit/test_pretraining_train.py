@@ -183,15 +183,20 @@ def test_silent_prompts_do_not_touch_the_bank(tokenizer: Tokenizer) -> None:
     assert touched == set(batch.tasks[batch.tasks >= 0].tolist())
 
 
+def plain_logits(t5: FrozenT5, batch: Batch) -> torch.Tensor:
+    """transformers' own logits [B, V] where the answer stands."""
+    start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
+    return t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                    decoder_input_ids=start).logits[:, -1]  # fmt: skip
+
+
 def test_loss_of_a_restricted_row_is_the_softmax_over_its_words(tokenizer: Tokenizer) -> None:
     t5, auxiliary, mixture = setting(tokenizer)
     batch = mixture.batch(0, {"words": 1.0})
     batch.restricted = torch.ones(len(batch.ids), dtype=torch.bool)
     with torch.no_grad():
         found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
-        start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
-        logits = t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                          decoder_input_ids=start).logits[:, -1]  # fmt: skip
+        logits = plain_logits(t5, batch)
     plain = []
     for row, words, c in zip(logits, batch.words, batch.classes, strict=True):
         own = torch.tensor([row[w] for w in words if w >= 0])
@@ -219,9 +224,7 @@ def test_a_judges_degrees_are_what_is_answered(tokenizer: Tokenizer) -> None:
             assert nearest < 1e-6
     with torch.no_grad():
         found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
-        start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
-        logits = t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                          decoder_input_ids=start).logits[:, -1]  # fmt: skip
+        logits = plain_logits(t5, batch)
     plain = []
     for row, words, target, alone in zip(
         logits, batch.words, batch.targets, batch.restricted, strict=True
