@@ -26,7 +26,7 @@ ROW_NAMES = {
 CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label": "label"}
 
 _NO_PROMPT = ("ft", "setfit", "words")
-_UNTRAINED = {"pt": "random", "pt-vocab": "vocab"}  # starts that no source is needed for
+UNTRAINED = {"pt": "random", "pt-vocab": "vocab"}  # starts that no source is needed for
 SAMPLES = tuple(10 * 2**i for i in range(9))  # figure 2: 10 ... 2,560
 SOURCE_SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # figure 3a; cut to what there is
 CLUSTER_COUNTS = (3, 6, 10, 15, 20, 25, 30)  # figure 3b
@@ -54,7 +54,7 @@ class Run:
     def start(self) -> Settings | None:
         """The settings of the start that must be trained before, if one must."""
         start = self.settings.get("start")
-        return start if start and start["method"] not in _UNTRAINED.values() else None
+        return start if start and start["method"] not in UNTRAINED.values() else None
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def methods_of(config: ReproduceConfig) -> list[str]:
 def sources_needed(config: ReproduceConfig) -> list[str]:
     """Names of the sources that the rows train on."""
     methods = methods_of(config)
-    without = {*_NO_PROMPT, *_UNTRAINED, "metapt-y"}
+    without = {*_NO_PROMPT, *UNTRAINED, "metapt-y"}
     needed = [] if set(methods) <= without else ["text"]
     if config.what == "figure4":
         needed = ["text"]
@@ -244,8 +244,8 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
         train = x if config.what == "figure2" else config.train
         for mode in config.modes if method not in _NO_PROMPT else [""]:
             start: Settings | None = None
-            if method in _UNTRAINED:
-                start = {"method": _UNTRAINED[method]}
+            if method in UNTRAINED:
+                start = {"method": UNTRAINED[method]}
             elif source is not None:
                 kind = "metapt" if method == "metapt-y" else method
                 start = _start(config, facts, kind, mode, source)

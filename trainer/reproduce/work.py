@@ -19,6 +19,7 @@ from trainer.finetune import finetune
 from trainer.initial import initial_params
 from trainer.loop import RunOptions
 from trainer.prompt import TaskRecord, save_prompt
+from trainer.reproduce.plan import UNTRAINED
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
 from trainer.runs import METRICS_FILE, RUN_FILE, versions
@@ -172,7 +173,7 @@ def _run_prompt(
 ) -> dict[str, Any]:  # fmt: skip
     backbone = _frozen(where.backbone, where.device)
     mode, start = settings["mode"], settings["start"]
-    fresh = start["method"] in ("random", "vocab")
+    fresh = start["method"] in UNTRAINED.values()
     init = start["method"] if fresh else str(Store(where.out).start_path(start))
     config = TuneConfig(
         out="", mode=mode, prompt_tokens=settings["prompt_tokens"], init=init, **_shared(settings)
