@@ -21,6 +21,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
@@ -44,8 +45,13 @@ NAME = "metapt"  # of the application in Ray
 _POLL = 5.0  # seconds of a long poll; also how soon a changed folder is noticed
 _AGREE = 30.0  # seconds in which all replicas confirm a change
 _RETRY = 1.0  # seconds before the ledger is asked again after it could not be reached
+_ANSWER = 10.0  # seconds that an answer of the ledger may take on top of what it waits for
 _ROOM = 64  # requests beside those of the queue: health, metrics, administration
 _JOINING = 60.0  # seconds for a new replica to hear from the ledger
+# A ledger that is not reached: gRPC's own errors are none of Ray's.
+_UNREACHED = (RayError, RayServeException, grpc.RpcError, TimeoutError)
+# What the ledger hands on holds prompts; gRPC's own limit is 4 MiB. Read when Ray is imported.
+_LARGE_MESSAGES = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1)}}
 
 
 class Server:
@@ -60,7 +66,10 @@ class Server:
         Raises:
             UserError, Failure: as `serve.classifier.Classifier`.
         """
-        self._config, self._ledger, self._replica = config, ledger, replica
+        self._config, self._replica = config, replica
+        # By value, over gRPC. As an object of Ray's an answer keeps its actor waiting for the
+        # receipt, so that one replica without network would hold up the ledger for all.
+        self._ledger = ledger.options(_by_reference=False)
         self._classifier: SharedClassifier = make_classifier(config, SharedClassifier, spin=False)
         self._classifier.publish = self._publish
         self._follower = Follower(self._classifier)
@@ -79,7 +88,7 @@ class Server:
         """Answer what was accepted, and end."""
         if self._following is not None:
             self._following.cancel()
-        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+        with contextlib.suppress(*_UNREACHED):
             async with asyncio.timeout(_RETRY):  # the ledger may have gone before us
                 await self._ledger.leave.remote(self._replica)
         await self.app.stop(self._config.drain)
@@ -112,15 +121,18 @@ class Server:
         follower = self._follower
         while True:
             try:
-                page = await self._ledger.follow.remote(
-                    self._replica, follower.epoch, follower.version, follower.problems, _POLL
-                )
+                async with asyncio.timeout(_POLL + _ANSWER):  # its host may be gone
+                    page = await self._ledger.follow.remote(
+                        self._replica, follower.epoch, follower.version, follower.problems, _POLL
+                    )
                 if page is None:
-                    await self._join()
+                    async with asyncio.timeout(_JOINING):
+                        await self._join()
                 else:
                     await asyncio.to_thread(follower.apply, page)
-            except (RayError, RayServeException) as error:
-                log.warning("the ledger of tasks is not reached, once more: %s", error)
+            except _UNREACHED as error:
+                log.warning("the ledger of tasks is not reached, once more: %s",
+                            error or type(error).__name__)  # fmt: skip
                 await asyncio.sleep(_RETRY)
 
     def _publish(self, name: str, kind: str, task: Task | None) -> Outcome:
@@ -129,7 +141,7 @@ class Server:
         try:
             response = self._ledger.publish.remote(name, kind, task, latest, _AGREE)
             return response.result(timeout_s=2 * _AGREE)
-        except (RayError, RayServeException, TimeoutError) as error:
+        except _UNREACHED as error:
             raise Failure(f"the ledger of tasks is not reached ({error}): try again") from None
 
 
@@ -139,7 +151,7 @@ class Server:
     max_ongoing_requests=100_000,  # a long poll of every replica
     graceful_shutdown_timeout_s=1.0,
     graceful_shutdown_wait_loop_s=0.2,
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={"num_cpus": 0, "runtime_env": _LARGE_MESSAGES},
 )
 class Tasks(Ledger):
     """The ledger as a deployment: Ray starts it again elsewhere when its node goes."""
@@ -194,6 +206,7 @@ def application(config: ClusterConfig) -> ray_serve.Application:
         ray_actor_options={
             "num_cpus": config.cores,
             "num_gpus": config.gpus,
+            "runtime_env": _LARGE_MESSAGES,
         },
         **scaling,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import hosts
 import pyarrow.parquet as parquet
 import pytest
+import serve_toy as toy
 import torch
 from accelerate_runs import launch, toy_clusters
 from hosts import Host
@@ -116,3 +118,61 @@ def test_hosts_that_have_other_data_are_refused(
         assert [run.wait(PATIENCE) for run in runs] == [1, 1]
     for name in ("host1", "host2"):
         assert "differ in data_sha256: give every machine the same" in (tmp_path / name).read_text()
+
+
+# ---- serving -------------------------------------------------------------------------------------
+
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "METAPT_ADMIN_TOKEN": "secret"}
+AGREED = 45.0  # seconds; Ray itself gives up a host after 60, and an actor that hangs after 90
+ASK = """
+import json, sys, time, urllib.error, urllib.request
+path, body = sys.argv[1:]
+request = urllib.request.Request("http://127.0.0.1:8000" + path, body.encode(), {
+    "authorization": "Bearer secret", "content-type": "application/json"})
+start = time.monotonic()
+try:
+    with urllib.request.urlopen(request, timeout=100) as answer:
+        status, said = answer.status, answer.read().decode()
+except urllib.error.HTTPError as error:
+    status, said = error.code, error.read().decode()
+print(json.dumps([status, time.monotonic() - start, said]))
+"""
+
+
+def start_ray(host: Host, *flags: object) -> None:
+    host.run(
+        Path(sys.executable).with_name("ray"), "start", "--node-ip-address", host.address,
+        "--object-store-memory", 10**8, "--disable-usage-stats", *flags, environment=RAY,
+    )  # fmt: skip
+
+
+def ask(host: Host, path: str, body: object) -> tuple[int, float, str]:
+    """Status, seconds and text of a POST to the host's own proxy."""
+    said = host.run(sys.executable, "-S", "-c", ASK, path, json.dumps(body))
+    return tuple(json.loads(said))
+
+
+@pytest.mark.slow
+def test_a_lost_host_does_not_hold_up_tasks_on_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve", reason="needs the extra: pip install '.[http,ray]'")
+    folder = toy.make_bundle(tmp_path / "b")
+    with hosts.make_hosts(3, tmp_path) as (head, *others):
+        start_ray(head, "--head", "--port", 6379, "--num-cpus", 0, "--include-dashboard", "false")
+        for host in others:
+            start_ray(host, "--address", f"{head.address}:6379", "--num-cpus", 1)
+        log = tmp_path / "serve"
+        served = head.start(
+            sys.executable, "-m", "serve", "cluster", folder, "--ray", f"{head.address}:6379",
+            "--replicas", 2, "--host", "0.0.0.0", log=log, environment=RAY,
+        )  # fmt: skip
+        until(lambda: "ready on" in log.read_text() or served.poll() is not None, log.read_text)
+        assert ask(head, "/v2/repository/models/food/unload", {})[0] == 200
+        ledgers = [h for h in (head, *others) if h.pids("ServeReplica:metapt:tasks")]
+        assert len(ledgers) == 1
+        lost, kept = sorted(others, key=lambda host: host in ledgers)[:2]
+        lost.unplug()
+        # By the proxy with a replica beside it: the head's may hand the request to the lost one.
+        status, seconds, said = ask(kept, "/v2/repository/models/food/load", {})
+        assert status == 200 and seconds < AGREED, (status, seconds, said)
+        body = {"texts": ["good film"], "task": "food"}
+        until(lambda: ask(kept, "/classify", body)[0] == 200, log.read_text)
