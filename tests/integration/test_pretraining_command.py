@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -103,6 +104,44 @@ def test_from_files_to_a_backbone(data: Path, tmp_path: Path) -> None:
     tokenizer.write_text(tokenizer.read_text("utf-8") + "\n", "utf-8")
     anew = backbone(data, tmp_path, "--steps", "6", "--workers", "2", "--resume")
     assert anew.returncode == 2 and "tokenizer" in anew.stderr
+
+
+def test_start_goes_on_from_a_backbone(data: Path, tmp_path: Path) -> None:
+    done = backbone(data, tmp_path, "--steps", "2", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    before = tmp_path / "before"
+    (tmp_path / "tiny").rename(before)
+    shutil.rmtree(tmp_path / "tiny.run")
+    old = backbone(data, tmp_path, "--steps", "1", "--workers", "2", "--start", str(before))
+    assert old.returncode == 2 and "prepared with another start" in old.stderr
+    # Nothing moves at rate 0 but the soft prompts, whose rate is their own; flags of another
+    # geometry (see `backbone`) do not count.
+    flags = ("--workers", "2", "--start", str(before), "--width", "64", "--vocab-size", "600")
+    done = backbone(data, tmp_path, *flags, "--prepare")
+    assert done.returncode == 0, done.stderr
+    done = backbone(data, tmp_path, *flags, "--steps", "1", "--rate", "0")
+    assert done.returncode == 0, done.stderr
+    assert "of its soft prompts" in done.stderr
+    was, now = (load_file(folder / "model.safetensors") for folder in (before, tmp_path / "tiny"))
+    assert was.keys() == now.keys() and all(torch.equal(was[k], now[k]) for k in was)
+    was, now = (load_file(f / "soft_prompts.safetensors") for f in (before, tmp_path / "tiny"))
+    assert was.keys() == now.keys()
+    for key in was:  # one step of Adam at 1e-2, with a warm-up of one step
+        assert (was[key] - now[key]).abs().max() < 0.011
+    assert read_vocabulary(before) == read_vocabulary(tmp_path / "tiny")
+    done = backbone(data, tmp_path, "--start", str(tmp_path / "shards"))
+    assert done.returncode == 2 and "is no backbone" in done.stderr
+    strange = json.loads((before / "tokenizer.json").read_text("utf-8"))
+    for token in strange["added_tokens"]:
+        token["content"] = token["content"].replace("</s>", "</end>")
+    strange["model"]["vocab"]["</end>"] = strange["model"]["vocab"].pop("</s>")
+    (before / "tokenizer.json").write_text(json.dumps(strange), "utf-8")
+    done = backbone(data, tmp_path, "--start", str(before))
+    assert done.returncode == 2 and "does not number </s>" in done.stderr
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
 
 
 def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(

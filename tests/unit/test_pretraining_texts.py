@@ -25,6 +25,10 @@ def test_sentences() -> None:
         "One is here.", "Two (is) here!", '"Three?', "Four", "Five goes on",
     ]  # fmt: skip
     assert sentences("It cost 3.50 in all, e.g. soup.") == ["It cost 3.50 in all, e.g. soup."]
+    # A tokenised text without capitals: only a mark that stands alone ends a sentence.
+    assert sentences("it ends . . . the mr. x ( it says ! ) goes\non . ok ?") == [
+        "it ends . . .", "the mr. x ( it says !", "goes", "on .", "ok ?",
+    ]  # fmt: skip
 
 
 def test_held_out_ignores_case_and_marks() -> None:

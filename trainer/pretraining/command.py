@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from serve.cli import as_json
 from serve.errors import UserError
@@ -31,6 +31,12 @@ from trainer.pretraining.model import new_model, save_backbone
 from trainer.pretraining.recipe import Plain, Recipe, load_recipe
 from trainer.pretraining.rows import read_rows
 from trainer.pretraining.shards import Pool, Verdicts, load_pools, prepare
+from trainer.pretraining.start import (
+    prompt_key,
+    start_backbone,
+    start_tokenizer,
+    take_up_prompts,
+)
 from trainer.pretraining.state import Progress
 from trainer.pretraining.teacher import Teacher, load_teacher, read_bert
 from trainer.pretraining.texts import HeldOut
@@ -54,7 +60,7 @@ _PREPARED = "prepared.json"  # in the folder of the shards
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
 # Flags that a run is resumed with as it was begun; --steps and --minutes may grow.
 _SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "heads",
-         "feed_forward", "vocab_size", "convert", "without")  # fmt: skip
+         "feed_forward", "vocab_size", "convert", "start", "without")  # fmt: skip
 SHIPPED = 20  # of which so many are shipped as starting points
 
 
@@ -66,6 +72,7 @@ def backbone_command(config: BackboneConfig) -> None:
 
 def run_backbone(config: BackboneConfig) -> None:
     """Prepare, convert, train, save; see `BackboneConfig`."""
+    config = of_start(config)
     shards, out = Path(config.shards), result_folder(config.out, "config.json").absolute()
     if not set(KINDS) - set(config.without) - ({"distil"} if config.teacher == "none" else set()):
         raise UserError("--without leaves no kind of batch to train on: name fewer")
@@ -89,11 +96,16 @@ def run_backbone(config: BackboneConfig) -> None:
     words = sorted({mixture.asker.ids(word)[0] for word in label_words()})
     prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight,
                               PROMPT_TOKENS, config.seed)  # fmt: skip
+    if config.start:
+        count = take_up_prompts(prompts, mixture.tasks, Path(config.start))
+        logger.info("going on from %s with %d of its soft prompts", config.start, count)
     auxiliary = Auxiliary(prompts, model.config.d_model, torch.tensor(words)).to(device)
     model.to(device)  # type: ignore[arg-type]
     t5 = FrozenT5(model, trainable=True)
-    # Where nothing is converted, nothing is spared.
-    schedule = Schedule(rate=config.rate, fresh=5.0 if teacher and config.convert else 1.0,
+    # Where nothing is converted, nothing is spared; of what goes on, only the heads are fresh.
+    converted = teacher is not None and config.convert
+    schedule = Schedule(rate=config.rate, fresh=2.0 if config.start else 5.0 if converted else 1.0,
+                        first=0.0 if config.start else Schedule.first,
                         steps=config.steps or None,
                         minutes=None if config.steps else config.minutes,
                         without=tuple(config.without))  # fmt: skip
@@ -135,9 +147,22 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
         train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
               checkpoint_seconds=config.checkpoint_seconds, report=report,
               track=watch if probes else None, workers=workers,
-              half=None if config.precision == "auto" else config.precision == "bf16",
+              half=_half(config),
               settings={**{name: getattr(config, name) for name in _SAME},
                         "tokenizer": _vocabulary(config)})  # fmt: skip
+
+
+def of_start(config: BackboneConfig) -> BackboneConfig:
+    """The flags with the vocabulary size and geometry of --start, where it is given."""
+    if not config.start:
+        return config
+    start_tokenizer(Path(config.start))
+    theirs = T5Config.from_pretrained(config.start)
+    return replace(
+        config, vocab_size=theirs.vocab_size, width=theirs.d_model, heads=theirs.num_heads,
+        layers=theirs.num_layers, decoder_layers=theirs.num_decoder_layers,
+        feed_forward=theirs.d_ff,
+    )  # fmt: skip
 
 
 def start_model(
@@ -146,15 +171,19 @@ def start_model(
     teacher: Teacher | None,
     pools: dict[str, Pool],
 ) -> T5ForConditionalGeneration:
-    """A fresh model, its encoder converted from the teacher where there is one to begin from.
+    """The model of --start, or a fresh one, whose encoder is converted from the teacher where
+    there is one to begin from.
 
     Raises UserError if the geometry is not the teacher's.
     """
-    deviation = 0.25 if teacher is not None and config.convert else 0.05
-    model = new_model(tokenizer.get_vocab_size(), width=config.width, layers=config.layers,
-                      decoder_layers=config.decoder_layers, heads=config.heads,
-                      feed_forward=config.feed_forward, deviation=deviation,
-                      seed=config.seed)  # fmt: skip
+    if config.start:
+        model = start_backbone(Path(config.start))
+    else:
+        deviation = 0.25 if teacher is not None and config.convert else 0.05
+        model = new_model(tokenizer.get_vocab_size(), width=config.width, layers=config.layers,
+                          decoder_layers=config.decoder_layers, heads=config.heads,
+                          feed_forward=config.feed_forward, deviation=deviation,
+                          seed=config.seed)  # fmt: skip
     if teacher is None:
         return model
     theirs = teacher.bert.config
@@ -166,7 +195,7 @@ def start_model(
     ):
         if own != other:
             raise UserError(f"{flag} is {own}, but the teacher has {other}: pass {flag} {other}")
-    if config.convert and not config.resume:
+    if config.convert and not config.resume and not config.start:
         convert(model, teacher, sample_batches(pools, 3000, config.seed))
     return model
 
@@ -185,8 +214,7 @@ def sample_batches(pools: dict[str, Pool], count: int, seed: int) -> list[tuple[
 
 def save_prompts(tasks: list[SoftTask], prompts: Tensor, path: Path) -> None:
     """The learned soft prompts as starting points: "question: words" -> [20, D], fp16."""
-    save_file({f"{t.question.name}: {' '.join(t.names)}": prompts[t.index, :SHIPPED].half().clone()
-               for t in tasks}, path)  # fmt: skip
+    save_file({prompt_key(t): prompts[t.index, :SHIPPED].half().clone() for t in tasks}, path)
 
 
 def _card(config: BackboneConfig) -> dict[str, str]:
@@ -212,12 +240,13 @@ def _prepare(config: BackboneConfig, shards: Path) -> None:
     judge = _judge(config, recipe) if config.judge else None
     size = config.vocab_size - len(SPECIAL) - len(SENTINELS)
     shards.mkdir(parents=True, exist_ok=True)
-    if config.teacher == "none":
-        pieces = train_pieces(_texts(recipe), size, label_words())
+    if config.start:
+        tokenizer = start_tokenizer(Path(config.start))
+    elif config.teacher == "none":
+        tokenizer = build_tokenizer(train_pieces(_texts(recipe), size, label_words()))
     else:
         _, theirs = read_bert(_teacher(config))
-        pieces = choose_pieces(_texts(recipe), theirs, size, label_words())
-    tokenizer = build_tokenizer(pieces)
+        tokenizer = build_tokenizer(choose_pieces(_texts(recipe), theirs, size, label_words()))
     check_single_pieces(tokenizer, label_words())
     # The pools that may stand there are of another vocabulary from here on.
     (shards / _PREPARED).unlink(missing_ok=True)
@@ -241,12 +270,17 @@ def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
         checkpoint = folder.with_name(folder.name + ".run") / "state.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         train_judge(judge, given, JudgeSchedule(), config.seed, workers, checkpoint,
-                    resume=config.resume and checkpoint.is_file())  # fmt: skip
+                    resume=config.resume and checkpoint.is_file(), half=_half(config))  # fmt: skip
         save_judge(judge, tokenizer, folder)
     judge, tokenizer = load_judge(folder)
     if torch.cuda.is_available():
         judge.cuda()
-    return lambda texts: verdicts(judge, tokenizer, texts, workers)
+    return lambda texts: verdicts(judge, tokenizer, texts, workers, _half(config))
+
+
+def _half(config: BackboneConfig) -> bool | None:
+    """Whether products are in bf16; None: where the device multiplies it."""
+    return None if config.precision == "auto" else config.precision == "bf16"
 
 
 def _request(config: BackboneConfig) -> dict[str, Any]:
@@ -255,6 +289,7 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "recipe": sha256(config.labelled) if Path(config.labelled).is_file() else None,
         "text": [Path(name).name for name in config.text],
         "vocab_size": config.vocab_size,
+        "start": sha256(Path(config.start) / "tokenizer.json") if config.start else None,
         "teacher": config.teacher != "none",
         "judge": bool(config.judge),
         "seed": config.seed,

@@ -14,9 +14,9 @@ class BackboneConfig:
     """Pre-train a compact T5 that obeys soft prompts.
 
     Steps, each skipped when its result is there: with --judge a judge of sentences is trained,
-    tokenised shards are written to --shards, a model is made (converted from --teacher, or fresh),
-    and trained with checkpoints in --out's sibling folder `OUT.run` until --steps or --minutes are
-    used up.
+    tokenised shards are written to --shards, a model is made (that of --start, converted from
+    --teacher, or fresh) and trained with checkpoints in --out's sibling folder `OUT.run` until
+    --steps or --minutes are used up.
     """
 
     out: str = option(help="folder of the finished model")
@@ -30,6 +30,8 @@ class BackboneConfig:
     judge: str = option("", help="folder of a judge of sentences: trained there from --teacher on "
                         "the labels of whole reviews if it does not exist; it then labels the "
                         "sentences and is the teacher")  # fmt: skip
+    start: str = option("", help="folder of a backbone that this command made, to go on from: its "
+                        "vocabulary, geometry, weights and soft prompts hold")  # fmt: skip
     convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "
                            "ones, and the teacher is only distilled from")  # fmt: skip
     without: list[str] = option([], choices=KINDS, help="kinds of batches to leave out (distil, "
@@ -62,5 +64,6 @@ class BackboneConfig:
         "--data-dir data --shards shards --teacher minilm --prepare --out mini",
         "--shards shards --teacher minilm --minutes 80 --out mini",
         "--data-dir data --shards shards --teacher minilm --judge judge --minutes 60 --out mini",
+        "--start trainer/backbones/mini --labelled own.toml --text own.txt --minutes 20 --out own",
         "--shards shards --teacher minilm --steps 120 --without prefix full --out no_soft_prompts",
     ]

@@ -105,9 +105,13 @@ def _labelled(entry: Labelled, held_out: HeldOut
 
 def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule, seed: int,
                 workers: int, checkpoint: Path, *, resume: bool = False,
-                stop_after: int | None = None) -> Progress:  # fmt: skip
-    """Train in place; `checkpoint` is written every 200 steps, and read with `resume`."""
+                stop_after: int | None = None, half: bool | None = None) -> Progress:  # fmt: skip
+    """Train in place; `checkpoint` is written every 200 steps, and read with `resume`.
+
+    half: products in bf16; None: where the device multiplies it.
+    """
     device = judge.device
+    half = half_precision(device) if half is None else half
     judge.bert.embeddings.word_embeddings.requires_grad_(False)  # rare words keep their place
     batches = Batches(given, schedule.tokens, seed)
     head = [*judge.degrees.parameters()]
@@ -118,7 +122,7 @@ def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule
         lr=schedule.rate, weight_decay=0.01, fused=True)  # fmt: skip
 
     def compute(rank: int, step: int, done: float) -> list[float]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss, tokens = batch_loss(judge, batches(step * workers + rank))
         loss.backward()
         return [0, loss.item(), 0, 0, tokens]
@@ -150,10 +154,15 @@ def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule
     return progress
 
 
-def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: int) -> np.ndarray:
-    """Probabilities of the five degrees, [N, 5] float32. On a CPU `workers` processes share it."""
+def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: int,
+             half: bool | None = None) -> np.ndarray:  # fmt: skip
+    """Probabilities of the five degrees, [N, 5] float32. On a CPU `workers` processes share it.
+
+    half: as in `train_judge`.
+    """
     judge.eval()
     device = judge.device
+    half = half_precision(device) if half is None else half
     order = np.argsort([len(text) for text in texts], kind="stable")
     result = np.zeros((len(texts), 5), np.float32)
     parts = np.array_split(order, max(1, len(texts) // _PART))
@@ -162,7 +171,7 @@ def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: 
         rows = pieces(tokenizer, [texts[i] for i in part])
         with (
             torch.no_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device)),
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
         ):
             found = [judge(rows[k : k + 100]).softmax(-1) for k in range(0, len(rows), 100)]
         return torch.cat(found).cpu().numpy()

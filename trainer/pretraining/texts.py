@@ -8,15 +8,20 @@ import numpy as np
 import pyarrow.parquet as pq
 
 _BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
+_TOKENISED = re.compile(r"(?<=\s[.!?])(?:\s[\"')\]])*\s+(?![.!?])")  # "it ends . the next"
 _LETTERS = re.compile(r"[^a-z0-9]+")
 _SHORT = 12  # normalised characters below which equality says nothing ("Great!")
 
 
 def sentences(document: str) -> list[str]:
-    """The sentences of a document, in order; line feeds end a sentence."""
+    """The sentences of a document, in order; line feeds end a sentence.
+
+    Where nothing is in capitals, a full stop that stands alone ends one too.
+    """
+    boundary = _TOKENISED if document.islower() else _BOUNDARY
     found: list[str] = []
     for line in document.split("\n"):
-        found += [s.strip() for s in _BOUNDARY.split(line)]
+        found += [s.strip() for s in boundary.split(line)]
     return [s for s in found if s]
 
 
