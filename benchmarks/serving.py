@@ -275,9 +275,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, classifier in beside.items() if rows >= threads else ():
             for tasks, kind in ((1, "one task"), (TASKS, f"{TASKS} tasks")):
                 batch = rows_of(classifier, ids, tasks)
-                sides[f"prefix {name}, {kind}, {threads} {BESIDE}"] = lambda c=classifier, b=batch: (
-                    in_batches(c, b, pool)
-                )
+                side = f"prefix {name}, {kind}, {threads} {BESIDE}"
+                sides[side] = lambda c=classifier, b=batch: in_batches(c, b, pool)
         proof = prove(backbone, sides, ids, prompts, columns, threads)
         if seq2seq is not None:
             sides["seq2seq"] = lambda long=long: seq2seq(long)

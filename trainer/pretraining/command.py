@@ -160,7 +160,7 @@ def of_start(config: BackboneConfig) -> BackboneConfig:
     theirs = T5Config.from_pretrained(config.start)
     return replace(
         config, vocab_size=theirs.vocab_size, width=theirs.d_model, heads=theirs.num_heads,
-        layers=theirs.num_layers, decoder_layers=theirs.num_decoder_layers,
+        layers=theirs.num_layers, decoder_layers=theirs.num_decoder_layers or theirs.num_layers,
         feed_forward=theirs.d_ff,
     )  # fmt: skip
 

@@ -31,7 +31,8 @@ class BackboneConfig:
                         "the labels of whole reviews if it does not exist; it then labels the "
                         "sentences and is the teacher")  # fmt: skip
     start: str = option("", help="folder of a backbone that this command made, to go on from: its "
-                        "vocabulary, geometry, weights and soft prompts hold")  # fmt: skip
+                        "vocabulary, geometry, weights and soft prompts hold; give another --seed, "
+                        "or much the same texts are drawn again")  # fmt: skip
     convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "
                            "ones, and the teacher is only distilled from")  # fmt: skip
     without: list[str] = option([], choices=KINDS, help="kinds of batches to leave out (distil, "
@@ -64,6 +65,6 @@ class BackboneConfig:
         "--data-dir data --shards shards --teacher minilm --prepare --out mini",
         "--shards shards --teacher minilm --minutes 80 --out mini",
         "--data-dir data --shards shards --teacher minilm --judge judge --minutes 60 --out mini",
-        "--start trainer/backbones/mini --labelled own.toml --text own.txt --minutes 20 --out own",
+        "--start trainer/backbones/mini --seed 2 --labelled own.toml --text own.txt --out own",
         "--shards shards --teacher minilm --steps 120 --without prefix full --out no_soft_prompts",
     ]
