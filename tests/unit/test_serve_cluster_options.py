@@ -215,6 +215,10 @@ class Ledger:
     def __init__(self, ledger: object) -> None:
         self._ledger = ledger
 
+    def options(self, *, _by_reference: bool) -> Ledger:
+        assert not _by_reference  # see `Server`
+        return self
+
     def __getattr__(self, name: str) -> object:
         call = getattr(self._ledger, name)
         return type("Method", (), {"remote": staticmethod(call)})()
@@ -250,5 +254,47 @@ def test_a_replica_joins_before_it_is_ready_and_a_dead_follower_is_unhealthy(
             server.check()
         await server.stop()
         assert not real._members
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+
+
+def test_a_ledger_that_does_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import asyncio
+
+    import grpc
+    import serve_toy as toy
+
+    from serve import cluster
+    from serve.ledger import GONE, Page
+    from serve.ledger import Ledger as Real
+    from serve.metrics import Metrics
+
+    monkeypatch.setattr(cluster, "RayMetrics", Metrics)
+    for name, seconds in (("_POLL", 0.05), ("_ANSWER", 0.1), ("_RETRY", 0.01)):
+        monkeypatch.setattr(cluster, name, seconds)
+    folder = toy.make_bundle(tmp_path / "b")
+    asked = []
+
+    class Deaf(Real):
+        """Its host is lost at the first poll; the second reaches nobody."""
+
+        async def follow(self, *values: object) -> Page | None:
+            asked.append(1)
+            if len(asked) == 1:
+                await asyncio.sleep(600)
+            if len(asked) == 2:
+                raise grpc.RpcError("nobody is there")
+            return await super().follow(*values)  # type: ignore[arg-type]
+
+    async def story() -> None:
+        real = Deaf()
+        server = cluster.Server(ClusterConfig(str(folder)), Ledger(real), "one")  # type: ignore[arg-type]
+        await server.start()
+        outcome = await real.publish("food", GONE, None, 0, 10)
+        assert (outcome.replicas, outcome.late) == (1, 0)
+        assert set(server._classifier.tasks) == {"film"} and len(asked) >= 3
+        await server.stop()
 
     asyncio.run(asyncio.wait_for(story(), 20))
