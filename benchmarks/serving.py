@@ -211,10 +211,9 @@ def prove(
         )
 
     proof: dict[str, float] = {}
-    spread = float(wanted(TASKS).std())  # one task's answers to random pieces may be much alike
     for tasks, kind in ((1, "one task"), (TASKS, f"{TASKS} tasks")):
         expected = wanted(tasks)
-        for name, unit in (("fp32", 1.0), ("int8", spread)):
+        for name, unit in (("fp32", 1.0), ("int8", float(expected.std()))):
             side = f"prefix {name}, {kind}"
             proof[side] = float(np.abs(sides[side]() - expected).max()) / unit
             if (divided := sides.get(f"{side}, {threads} {BESIDE}")) is not None:
