@@ -79,8 +79,7 @@ class Server:
 
     async def start(self) -> None:
         """Learn of the tasks, fill the bank, and be ready."""
-        async with asyncio.timeout(_JOINING):
-            await self._join()
+        await self._join()
         await self.app.start()
         self._following = asyncio.create_task(self._follow())
 
@@ -114,8 +113,9 @@ class Server:
 
     async def _join(self) -> None:
         known = list(self._follower.changes.values())
-        page = await self._ledger.join.remote(self._replica, known)
-        await asyncio.to_thread(self._follower.apply, page)
+        async with asyncio.timeout(_JOINING):
+            page = await self._ledger.join.remote(self._replica, known)
+            await asyncio.to_thread(self._follower.apply, page)
 
     async def _follow(self) -> None:
         follower = self._follower
@@ -126,8 +126,7 @@ class Server:
                         self._replica, follower.epoch, follower.version, follower.problems, _POLL
                     )
                 if page is None:
-                    async with asyncio.timeout(_JOINING):
-                        await self._join()
+                    await self._join()
                 else:
                     await asyncio.to_thread(follower.apply, page)
             except _UNREACHED as error:

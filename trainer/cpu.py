@@ -10,12 +10,15 @@ import torch
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
 
 
-def half_precision(device: torch.device) -> bool:
-    """Whether bf16 products pay: on a GPU, and on a CPU whose matrix unit knows them (AMX).
+def half_precision(device: torch.device, wanted: bool | None = None) -> bool:
+    """Whether products are in bf16: as wanted, or else where that pays: on a GPU, and on a CPU
+    whose matrix unit knows them (AMX).
 
     Measured on such a CPU: 1,500 GFLOP/s a core in place of 200 in fp32. Without the unit bf16 is
     emulated, and slower.
     """
+    if wanted is not None:
+        return wanted
     if device.type != "cpu":
         return device.type == "cuda"
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)

@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from serve.cli import as_json
 from serve.errors import UserError
 from serve.files import read_json, sha256, write_json
+from trainer.backbone import load_backbone
 from trainer.cpu import keep_memory
 from trainer.options import result_folder
 from trainer.parallel import workers as processes
@@ -33,7 +34,6 @@ from trainer.pretraining.rows import read_rows
 from trainer.pretraining.shards import Pool, Verdicts, load_pools, prepare
 from trainer.pretraining.start import (
     prompt_key,
-    start_backbone,
     start_tokenizer,
     take_up_prompts,
 )
@@ -153,7 +153,8 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
 
 
 def of_start(config: BackboneConfig) -> BackboneConfig:
-    """The flags with the vocabulary size and geometry of --start, where it is given."""
+    """The flags with the vocabulary size and geometry of --start, where it is given; nothing is
+    then converted."""
     if not config.start:
         return config
     start_tokenizer(Path(config.start))
@@ -161,7 +162,7 @@ def of_start(config: BackboneConfig) -> BackboneConfig:
     return replace(
         config, vocab_size=theirs.vocab_size, width=theirs.d_model, heads=theirs.num_heads,
         layers=theirs.num_layers, decoder_layers=theirs.num_decoder_layers or theirs.num_layers,
-        feed_forward=theirs.d_ff,
+        feed_forward=theirs.d_ff, convert=False,
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def start_model(
     Raises UserError if the geometry is not the teacher's.
     """
     if config.start:
-        model = start_backbone(Path(config.start))
+        model = load_backbone(config.start, trainable=True).t5.model
     else:
         deviation = 0.25 if teacher is not None and config.convert else 0.05
         model = new_model(tokenizer.get_vocab_size(), width=config.width, layers=config.layers,
@@ -195,7 +196,7 @@ def start_model(
     ):
         if own != other:
             raise UserError(f"{flag} is {own}, but the teacher has {other}: pass {flag} {other}")
-    if config.convert and not config.resume and not config.start:
+    if config.convert and not config.resume:
         convert(model, teacher, sample_batches(pools, 3000, config.seed))
     return model
 

@@ -111,7 +111,7 @@ def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule
     half: products in bf16; None: where the device multiplies it.
     """
     device = judge.device
-    half = half_precision(device) if half is None else half
+    half = half_precision(device, half)
     judge.bert.embeddings.word_embeddings.requires_grad_(False)  # rare words keep their place
     batches = Batches(given, schedule.tokens, seed)
     head = [*judge.degrees.parameters()]
@@ -162,7 +162,7 @@ def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: 
     """
     judge.eval()
     device = judge.device
-    half = half_precision(device) if half is None else half
+    half = half_precision(device, half)
     order = np.argsort([len(text) for text in texts], kind="stable")
     result = np.zeros((len(texts), 5), np.float32)
     parts = np.array_split(order, max(1, len(texts) // _PART))

@@ -6,11 +6,9 @@ begins anew: the folder keeps what is served, not its moments.
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 from serve.errors import UserError
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL
@@ -40,13 +38,6 @@ def start_tokenizer(folder: Path) -> Tokenizer:
             f"{FIRST_SENTINEL}: only backbones that this command made can be gone on from"
         )
     return tokenizer
-
-
-def start_backbone(folder: Path) -> T5ForConditionalGeneration:
-    """Its model in fp32, as `new_model` makes one."""
-    return AutoModelForSeq2SeqLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
 
 
 def take_up_prompts(prompts: Tensor, tasks: list[SoftTask], folder: Path) -> int:
