@@ -162,6 +162,16 @@ def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(
     assert load_backbone(str(tmp_path / "tiny")).t5.width == 32
     other = backbone(data, tmp_path, "--steps", "3", "--resume", *flags[:2])
     assert other.returncode == 2 and "prepared with another judge" in other.stderr
+    # A backbone has a say in the verdicts; which one it was is remembered.
+    votes = ("--voters", str(tmp_path / "tiny"))
+    alone = backbone(data, tmp_path, "--prepare", *flags[:2], *votes)
+    assert alone.returncode == 2 and "--judge" in alone.stderr
+    other = backbone(data, tmp_path, "--steps", "3", "--resume", *flags, *votes)
+    assert other.returncode == 2 and "prepared with other voters" in other.stderr
+    done = backbone(data, tmp_path, "--prepare", "--workers", "2", *flags, *votes)
+    assert done.returncode == 0, done.stderr
+    voted = load_file(tmp_path / "shards" / "reviews.safetensors")["degrees"]
+    assert voted.shape == judged.shape and (voted != judged).any()
 
 
 def make_bert(folder: Path) -> None:

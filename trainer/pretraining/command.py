@@ -51,6 +51,7 @@ from trainer.pretraining.vocabulary import (
     save_tokenizer,
     train_pieces,
 )
+from trainer.pretraining.voting import with_votes
 from trainer.pretraining.wordings import label_words
 from trainer.t5 import FrozenT5
 from trainer.tables import decoded_lines
@@ -58,6 +59,7 @@ from trainer.tables import decoded_lines
 logger = logging.getLogger(__name__)
 _PREPARED = "prepared.json"  # in the folder of the shards
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
+_OTHER = {"vocab_size": "another vocab size", "voters": "other voters", "text": "other text"}
 # Flags that a run is resumed with as it was begun; --steps and --minutes may grow.
 _SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "heads",
          "feed_forward", "vocab_size", "convert", "start", "without")  # fmt: skip
@@ -229,6 +231,8 @@ def _teacher(config: BackboneConfig) -> Path:
 
 def _prepare(config: BackboneConfig, shards: Path) -> None:
     recipe = load_recipe(Path(config.labelled), Path(config.data_dir))
+    if config.voters and not config.judge:
+        raise UserError("--voters vote with a judge: name its folder with --judge")
     if config.judge and config.teacher == "none":
         raise UserError(
             "--judge is trained from a sentence encoder: name its folder with --teacher"
@@ -276,7 +280,11 @@ def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
     judge, tokenizer = load_judge(folder)
     if torch.cuda.is_available():
         judge.cuda()
-    return lambda texts: verdicts(judge, tokenizer, texts, workers, _half(config))
+
+    def judged(texts: list[str]) -> np.ndarray:
+        return verdicts(judge, tokenizer, texts, workers, _half(config))
+
+    return with_votes(judged, config.voters, workers, _half(config)) if config.voters else judged
 
 
 def _half(config: BackboneConfig) -> bool | None:
@@ -293,6 +301,7 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "start": sha256(Path(config.start) / "tokenizer.json") if config.start else None,
         "teacher": config.teacher != "none",
         "judge": bool(config.judge),
+        "voters": [sha256(Path(v) / "model.safetensors") for v in config.voters],
         "seed": config.seed,
     }
 
@@ -305,11 +314,12 @@ def _vocabulary(config: BackboneConfig) -> str:
 def _check_prepared(config: BackboneConfig, shards: Path) -> None:
     """Raises: UserError for shards of another recipe or of other flags."""
     path = shards / _PREPARED
-    made, asked = read_json(path) if path.is_file() else {}, _request(config)
+    asked = _request(config)
+    made = {"voters": [], **read_json(path)} if path.is_file() else {}
     if other := [name for name in asked if made.get(name) != asked[name]]:
         raise UserError(
-            f"--shards {shards} were prepared with another {other[0].replace('_', ' ')}: pass "
-            "--prepare to make them anew, or another --shards"
+            f"--shards {shards} were prepared with {_OTHER.get(other[0], 'another ' + other[0])}: "
+            "pass --prepare to make them anew, or another --shards"
         )
 
 

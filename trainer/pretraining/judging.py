@@ -163,9 +163,7 @@ def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: 
     judge.eval()
     device = judge.device
     half = half_precision(device, half)
-    order = np.argsort([len(text) for text in texts], kind="stable")
     result = np.zeros((len(texts), 5), np.float32)
-    parts = np.array_split(order, max(1, len(texts) // _PART))
 
     def judged(part: np.ndarray) -> np.ndarray:
         rows = pieces(tokenizer, [texts[i] for i in part])
@@ -176,10 +174,8 @@ def verdicts(judge: Judge, tokenizer: Tokenizer, texts: Sequence[str], workers: 
             found = [judge(rows[k : k + 100]).softmax(-1) for k in range(0, len(rows), 100)]
         return torch.cat(found).cpu().numpy()
 
-    with tqdm(total=len(texts), desc="verdicts", mininterval=1.0) as bar:
-        for part, found in _mapped(judged, parts, workers if device.type == "cpu" else 1):
-            result[part] = found
-            bar.update(len(part))
+    for part, found in mapped(judged, texts, workers if device.type == "cpu" else 1, "verdicts"):
+        result[part] = found
     return result
 
 
@@ -191,8 +187,21 @@ def _run_job(number: int) -> np.ndarray:
     return _job(number)
 
 
-def _mapped(function: Callable[[np.ndarray], np.ndarray], parts: Sequence[np.ndarray], workers: int
-            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+def mapped(function: Callable[[np.ndarray], np.ndarray], texts: Sequence[str], workers: int,
+           what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(indices of some texts, function of these indices) until all are seen, texts of about one
+    length together, by `workers` forked processes of one thread each; `what` names the progress
+    bar."""
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    parts = np.array_split(order, max(1, len(texts) // _PART))
+    with tqdm(total=len(texts), desc=what, mininterval=1.0) as bar:
+        for part, found in _in_processes(function, parts, workers):
+            yield part, found
+            bar.update(len(part))
+
+
+def _in_processes(function: Callable[[np.ndarray], np.ndarray], parts: Sequence[np.ndarray],
+                  workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """(part, function of it), in order, by `workers` forked processes of one thread each."""
     if workers == 1:
         yield from ((part, function(part)) for part in parts)
