@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from serve import bundle as bundles
+from serve.engine import DTYPES
 
 
 def profile(
@@ -57,9 +58,11 @@ def inputs(
     for item in session.get_inputs():
         sizes = {"B": rows, "S": length, "N": tasks, "G": tasks, "C": 2}
         shape = [sizes.get(size, size) for size in item.shape]
-        feed[item.name] = random.standard_normal(shape).astype(np.float32)
-        if item.type == "tensor(int64)":
-            feed[item.name] = np.ones(shape, np.int64)
+        kind = DTYPES[item.type]
+        ones = kind == np.int64
+        feed[item.name] = (
+            np.ones(shape, kind) if ones else random.standard_normal(shape).astype(kind)
+        )
     feed["input_ids"] = random.integers(3, 1000, (rows, length))
     feed["task_id"] = np.arange(tasks)
     prompt = next(value.shape[1] for name, value in feed.items() if name == "bank_states")

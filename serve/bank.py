@@ -23,6 +23,7 @@ from serve.errors import UserError
 from serve.task import Task
 
 Key = tuple[str, str, tuple[int, ...]]
+_HALF = 65504.0  # the largest number of half precision
 Compute = Callable[[Task], Mapping[str, np.ndarray]]
 
 
@@ -187,7 +188,9 @@ class Bank:
         labels[slot] = -1
         labels[slot, : len(task.word_ids)] = task.word_ids
         for name, value in arrays.items():
-            self._arrays[name][slot] = value
+            array = self._arrays[name]
+            # Beyond half precision's range a number would become infinite, and an answer none.
+            array[slot] = np.clip(value, -_HALF, _HALF) if array.dtype == np.float16 else value
         self._used[key] = slot
         self.misses += 1
 

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.precision import INT8, head_products, quantize_heads
+from exporter.precision import INT8, halve_bank, head_products, quantize_heads
 
 HEADS, ROWS, WIDE, NARROW = 3, 4, 16, 5
 
@@ -37,3 +37,49 @@ def test_each_column_of_each_head_has_a_scale_of_its_own(target: str) -> None:
     got = session.run(None, {"x": values})[0]
     error = np.abs(got - values @ weight) / np.where(sizes > 0, sizes, 1.0)
     assert error.max() < 0.2  # of the column's own deviation, of which a product has four
+
+
+def test_a_halved_bank_is_widened_where_it_is_used() -> None:
+    half, full = TensorProto.FLOAT16, TensorProto.FLOAT
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Reshape", ["bank_kv", "flat"], ["rows"]),
+        helper.make_node("Gather", ["rows", "which"], ["one"], axis=0),
+        helper.make_node("Transpose", ["one"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["one", "turned"], ["square"]),
+        helper.make_node("Gather", ["bank_states", "which"], ["states"], axis=0),
+        helper.make_node("MatMul", ["square", "states"], ["y"]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes, "g",
+            [info("bank_kv", full, ["N", 2, 4, 3]), info("bank_states", full, ["N", 4, 5]),
+             info("which", TensorProto.INT64, ["G"])],
+            [info("y", full, ["G", 4, 5])],
+            [numpy_helper.from_array(np.array([-1, 4, 3]), "flat")],
+            value_info=[info("rows", full, ["M", 4, 3]), info("one", full, ["G", 4, 3])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
+    )  # fmt: skip
+    assert halve_bank(model) == 2
+    onnx.checker.check_model(model, full_check=True)
+    types = {item.name: item.type.tensor_type.elem_type for item in model.graph.input}
+    assert types == {"bank_kv": half, "bank_states": half, "which": TensorProto.INT64}
+    casts = [node.input[0] for node in model.graph.node if node.op_type == "Cast"]
+    assert casts == ["one", "states"]  # once each, after the bank's rows are gathered
+    random = np.random.default_rng(0)
+    kv = random.standard_normal((3, 2, 4, 3)).astype(np.float16)
+    states = random.standard_normal((3, 4, 5)).astype(np.float16)
+    which = np.array([2, 0])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(None, {"bank_kv": kv, "bank_states": states, "which": which})[0]
+    rows = kv.astype(np.float32).reshape(-1, 4, 3)
+    for index, place in enumerate(which.tolist()):
+        wanted = rows[place] @ rows[place].T @ states[place].astype(np.float32)
+        np.testing.assert_allclose(got[index], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_without_a_bank_is_left_alone() -> None:
+    model = model_of(np.ones((HEADS, WIDE, NARROW), np.float32))
+    before = model.SerializeToString()
+    assert halve_bank(model) == 0 and model.SerializeToString() == before

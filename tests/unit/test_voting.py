@@ -47,7 +47,9 @@ def test_odds_are_those_of_the_template_under_the_backbone() -> None:
     for text, value in zip(texts, found, strict=True):
         inputs = backbone.tokenizer(f"{text} It was <extra_id_0>.", return_tensors="pt")
         with torch.no_grad():
-            scores = backbone.t5.model(**inputs, decoder_input_ids=backbone.decoder_ids.view(1, -1)).logits
+            scores = backbone.t5.model(
+                **inputs, decoder_input_ids=backbone.decoder_ids.view(1, -1)
+            ).logits
         good, bad = (backbone.tokenizer.convert_tokens_to_ids(w) for w in ("great", "terrible"))
         assert value == pytest.approx(float(scores[0, -1, good] - scores[0, -1, bad]), abs=2e-3)
 

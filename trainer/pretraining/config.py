@@ -33,9 +33,9 @@ class BackboneConfig:
     start: str = option("", help="folder of a backbone that this command made, to go on from: its "
                         "vocabulary, geometry, weights and soft prompts hold; give another --seed, "
                         "or much the same texts are drawn again")  # fmt: skip
-    voters: list[str] = option([], help="backbones that this command made, whose answers about each "
-                               "sentence are averaged with the judge's verdicts (that of --start "
-                               "among them, most likely)")  # fmt: skip
+    voters: list[str] = option([], help="backbones that this command made, whose answers about "
+                               "each sentence are averaged with the judge's verdicts (that of "
+                               "--start among them, most likely)")  # fmt: skip
     convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "
                            "ones, and the teacher is only distilled from")  # fmt: skip
     without: list[str] = option([], choices=KINDS, help="kinds of batches to leave out (distil, "
@@ -69,6 +69,6 @@ class BackboneConfig:
         "--shards shards --teacher minilm --minutes 80 --out mini",
         "--data-dir data --shards shards --teacher minilm --judge judge --minutes 60 --out mini",
         "--start trainer/backbones/mini --seed 2 --labelled own.toml --text own.txt --out own",
-        "--start mini --seed 2 --judge judge --voters mini --teacher minilm --steps 1000 --out mini2",
+        "--start mini --seed 2 --teacher minilm --judge judge --voters mini --steps 900 --out m2",
         "--shards shards --teacher minilm --steps 120 --without prefix full --out no_soft_prompts",
     ]

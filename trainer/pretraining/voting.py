@@ -1,8 +1,8 @@
 """Backbones that have a say, beside the judge, in what a sentence's opinion is.
 
 A backbone learns a sentence's opinion from the judge's verdict, and ends with errors of its own: it
-read other texts, in other words, and obeys a template where the judge has a head. Where two that are
-about as good err differently, their mean is better than either, and a backbone that goes on
+read other texts, in other words, and obeys a template where the judge has a head. Where two that
+are about as good err differently, their mean is better than either, and a backbone that goes on
 (`--start`) can learn from the mean of its judge and itself: born-again networks (Furlanello et al.
 2018, https://arxiv.org/abs/1805.04770), with the first teacher kept among the voters.
 
