@@ -130,10 +130,10 @@ def divided(
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def slot_bytes(g: dict[str, Any]) -> int:
+def slot_bytes(g: dict[str, Any], precision: str) -> int:
     """What a task takes in the bank, as docs/serving.md has it."""
     width = 2 * g["layers"] * g["heads"] * g["head_width"] + g["width"]
-    return 4 * g["prompt_tokens"] * width
+    return (4 if precision == "fp32" else 2) * g["prompt_tokens"] * width
 
 
 def prompt_bytes(g: dict[str, Any]) -> int:
@@ -253,7 +253,8 @@ def unit_table(figures: dict[str, Any]) -> str:
             rows.append(
                 [f"{name}, {g['prompt_tokens']} prompt tokens, {precision}", f"{text:.2f}",
                  f"{per_node(text, 0, 1):,.0f}", f"{g['miss_ms']:.1f}",
-                 f"{g['miss_ms'] / text:.1f}", size(slot_bytes(g)), size(prompt_bytes(g))]
+                 f"{g['miss_ms'] / text:.1f}", size(slot_bytes(g, precision)),
+                 size(prompt_bytes(g))]
             )  # fmt: skip
     header = ["", "ms a text", "texts/s a node, all hits", "ms a miss", "a miss in texts",
               "a task in the bank", "on the disk"]  # fmt: skip
@@ -264,9 +265,10 @@ def memory_table(figures: dict[str, Any]) -> str:
     """A hundred thousand tasks, all in memory and on the disk."""
     rows = []
     for name, g in figures["geometries"].items():
-        fits = {m: m * MIB // slot_bytes(g) for m in (512, 4096, 32_768)}
-        rows.append([name, size(TASKS * slot_bytes(g)), size(TASKS * prompt_bytes(g)),
-                     *[f"{count:,}" for count in fits.values()]])  # fmt: skip
+        for precision in g["text_ms"]:
+            slot = slot_bytes(g, precision)
+            rows.append([f"{name}, {precision}", size(TASKS * slot), size(TASKS * prompt_bytes(g)),
+                         *[f"{m * MIB // slot:,}" for m in (512, 4096, 32_768)]])  # fmt: skip
     header = ["", "all in the bank", "prompts on the disk", "fit in 512 MiB", "in 4 GiB",
               "in 32 GiB"]  # fmt: skip
     return table(header, rows)
@@ -288,8 +290,8 @@ def node_table(figures: dict[str, Any], memory: int = 4096) -> str:
     """Nodes for `REQUESTS` a second, each request of its own task, with `memory` MiB of bank."""
     rows = []
     for name, g in figures["geometries"].items():
-        capacity = memory * MIB // slot_bytes(g)
         for precision, text in g["text_ms"].items():
+            capacity = memory * MIB // slot_bytes(g, precision)
             cells = [f"{name}, {precision}"]
             for exponent in EXPONENTS:
                 shares = zipf(TASKS, exponent)

@@ -124,6 +124,12 @@ def test_graphs_share_one_weights_file_and_name_no_source(prefix: Exported) -> N
     assert all(held[0][name] == held[1][name] for name in shared)
 
 
+def test_lower_precisions_keep_a_task_in_half_the_memory(prefix: Exported) -> None:
+    whole, *others = (Classifier(prefix.folder, name, threads=1).bank.slot_bytes
+                      for name in ("fp32", "int8", "fp16"))  # fmt: skip
+    assert [2 * other for other in others] == [whole, whole]
+
+
 def test_every_precision_is_measured(prefix: Exported) -> None:
     figures = prefix.bundle.header["precisions"]
     # 4 in each of 2 encoder layers. Of the first decoder layer, whose self-attention and question

@@ -79,10 +79,11 @@ GEOMETRY = {"layers": 6, "heads": 8, "head_width": 64, "width": 512, "prompt_tok
 
 
 def test_sizes_are_those_of_docs_serving() -> None:
-    assert scale.slot_bytes(GEOMETRY) / 2**20 == pytest.approx(2.54, abs=0.005)
+    assert scale.slot_bytes(GEOMETRY, "fp32") / 2**20 == pytest.approx(2.54, abs=0.005)
+    assert scale.slot_bytes(GEOMETRY, "int8") / 2**20 == pytest.approx(1.27, abs=0.005)
     assert scale.prompt_bytes(GEOMETRY) == 100 * 512 * 4
     small = GEOMETRY | {"heads": 12, "head_width": 32, "width": 384, "prompt_tokens": 20}
-    assert scale.slot_bytes(small) / 2**20 == pytest.approx(0.38, abs=0.005)
+    assert scale.slot_bytes(small, "fp32") / 2**20 == pytest.approx(0.38, abs=0.005)
 
 
 def test_the_slot_is_what_the_bank_takes(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_the_slot_is_what_the_bank_takes(tmp_path: Path) -> None:
     bank = Classifier(toy.make_bundle(tmp_path / "b"), threads=1).bank
     geometry = {"layers": toy.L, "heads": toy.H, "head_width": toy.K, "width": toy.D,
                 "prompt_tokens": toy.P}  # fmt: skip
-    assert scale.slot_bytes(geometry) == bank.slot_bytes
+    assert scale.slot_bytes(geometry, "fp32") == bank.slot_bytes
 
 
 def overloaded(shares: np.ndarray, nodes: int) -> int:
