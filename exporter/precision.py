@@ -128,8 +128,8 @@ def quantize_heads(model: onnx.ModelProto, kind: Int8) -> int:
 def halve_bank(model: onnx.ModelProto) -> int:
     """Take the bank's keys, values and states in half precision; the model is changed.
 
-    A batch of many tasks reads as many megabytes of them as a layer has weights. What a batch
-    gathers of them is widened to single precision after it is gathered, where it is small.
+    They are the memory that grows with the tasks. What a batch needs of them is widened to single
+    precision once it is gathered.
 
     Returns:
         the number of inputs; none in mode `full`, whose bank is small.

@@ -166,6 +166,8 @@ def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(
     votes = ("--voters", str(tmp_path / "tiny"))
     alone = backbone(data, tmp_path, "--prepare", *flags[:2], *votes)
     assert alone.returncode == 2 and "--judge" in alone.stderr
+    none = backbone(data, tmp_path, "--prepare", *flags, "--voters", str(tmp_path / "bert"))
+    assert none.returncode == 2 and "--voters" in none.stderr
     other = backbone(data, tmp_path, "--steps", "3", "--resume", *flags, *votes)
     assert other.returncode == 2 and "prepared with other voters" in other.stderr
     done = backbone(data, tmp_path, "--prepare", "--workers", "2", *flags, *votes)

@@ -9,7 +9,8 @@ import torch
 
 from serve.errors import UserError
 from trainer.backbone import load_backbone
-from trainer.pretraining.voting import odds, vote, with_votes
+from trainer.pretraining.start import named_folder
+from trainer.pretraining.voting import odds, vote
 
 DEGREES = np.array([[0.5, 0.3, 0.1, 0.1, 0.0], [0.0, 0.1, 0.2, 0.3, 0.4],
                     [0.02, 0.05, 0.9, 0.02, 0.01]], np.float32)  # fmt: skip
@@ -54,9 +55,12 @@ def test_odds_are_those_of_the_template_under_the_backbone() -> None:
         assert value == pytest.approx(float(scores[0, -1, good] - scores[0, -1, bad]), abs=2e-3)
 
 
-def test_voters_are_looked_at_before_the_judging(tmp_path: Path) -> None:
-    def judge(texts: list[str]) -> np.ndarray:
-        raise AssertionError("judged")
-
-    with pytest.raises(UserError, match="is no backbone"):
-        with_votes(judge, [str(tmp_path)], 1, None)
+def test_mini_is_the_one_that_ships_and_a_path_the_folder_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone(named_folder("mini")).sha256 == load_backbone("mini").sha256
+    assert named_folder("./mini") == str(tmp_path / "mini")
+    with pytest.raises(UserError, match="config"):  # not the one that ships
+        (tmp_path / "mini").mkdir()
+        load_backbone(named_folder("./mini"))

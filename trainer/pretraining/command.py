@@ -17,7 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from serve.cli import as_json
 from serve.errors import UserError
 from serve.files import read_json, sha256, write_json
-from trainer.backbone import load_backbone
+from trainer.backbone import load_backbone, weights_hash
 from trainer.cpu import keep_memory
 from trainer.options import result_folder
 from trainer.parallel import workers as processes
@@ -33,6 +33,7 @@ from trainer.pretraining.recipe import Plain, Recipe, load_recipe
 from trainer.pretraining.rows import read_rows
 from trainer.pretraining.shards import Pool, Verdicts, load_pools, prepare
 from trainer.pretraining.start import (
+    named_folder,
     prompt_key,
     start_tokenizer,
     take_up_prompts,
@@ -155,10 +156,12 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
 
 
 def of_start(config: BackboneConfig) -> BackboneConfig:
-    """The flags with the vocabulary size and geometry of --start, where it is given; nothing is
-    then converted."""
+    """The flags with folders in place of names, and with the vocabulary size and geometry of
+    --start, where it is given; nothing is then converted."""
+    config = replace(config, voters=[named_folder(name) for name in config.voters])
     if not config.start:
         return config
+    config = replace(config, start=named_folder(config.start))
     start_tokenizer(Path(config.start))
     theirs = T5Config.from_pretrained(config.start)
     return replace(
@@ -233,6 +236,8 @@ def _prepare(config: BackboneConfig, shards: Path) -> None:
     recipe = load_recipe(Path(config.labelled), Path(config.data_dir))
     if config.voters and not config.judge:
         raise UserError("--voters vote with a judge: name its folder with --judge")
+    for folder in config.voters:  # before a judge is trained
+        start_tokenizer(Path(folder), "--voters")
     if config.judge and config.teacher == "none":
         raise UserError(
             "--judge is trained from a sentence encoder: name its folder with --teacher"
@@ -301,7 +306,7 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "start": sha256(Path(config.start) / "tokenizer.json") if config.start else None,
         "teacher": config.teacher != "none",
         "judge": bool(config.judge),
-        "voters": [sha256(Path(v) / "model.safetensors") for v in config.voters],
+        "voters": [weights_hash(Path(v)) for v in config.voters],
         "seed": config.seed,
     }
 

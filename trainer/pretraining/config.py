@@ -30,10 +30,10 @@ class BackboneConfig:
     judge: str = option("", help="folder of a judge of sentences: trained there from --teacher on "
                         "the labels of whole reviews if it does not exist; it then labels the "
                         "sentences and is the teacher")  # fmt: skip
-    start: str = option("", help="folder of a backbone that this command made, to go on from: its "
-                        "vocabulary, geometry, weights and soft prompts hold; give another --seed, "
-                        "or much the same texts are drawn again")  # fmt: skip
-    voters: list[str] = option([], help="backbones that this command made, whose answers about "
+    start: str = option("", help="folder of a backbone that this command made, or `mini`, which "
+                        "ships, to go on from: its vocabulary, geometry, weights and soft prompts "
+                        "hold; give another --seed, or the same texts are drawn again")  # fmt: skip
+    voters: list[str] = option([], help="such backbones, whose answers about "
                                "each sentence are averaged with the judge's verdicts (that of "
                                "--start among them, most likely)")  # fmt: skip
     convert: bool = option(True, help="begin from the teacher's weights; --no-convert: from random "

@@ -36,8 +36,6 @@ def with_votes(judge: Verdicts, voters: Sequence[str], workers: int, half: bool 
 
     half: products in bf16; None: where the device multiplies it.
     """
-    for folder in voters:
-        start_tokenizer(Path(folder))  # before hours of judging
 
     def verdicts(texts: list[str]) -> np.ndarray:
         return vote(judge(texts), [odds(Path(v), texts, workers, half) for v in voters])
