@@ -43,8 +43,8 @@ def test_a_vote_that_says_nothing_leaves_the_judges_sides_but_milder() -> None:
 def test_odds_are_those_of_the_template_under_the_backbone() -> None:
     backbone = load_backbone("mini")
     texts = ["A lovely film.", "It broke after a day, and nobody answered my letters.", "A door."]
-    found = odds(backbone.folder, texts, 1, half=False)
-    assert found == pytest.approx(odds(backbone.folder, texts, 2, half=False), abs=1e-4)
+    found = odds(backbone, texts, 1, half=False)
+    assert found == pytest.approx(odds(backbone, texts, 2, half=False), abs=1e-4)
     for text, value in zip(texts, found, strict=True):
         inputs = backbone.tokenizer(f"{text} It was <extra_id_0>.", return_tensors="pt")
         with torch.no_grad():

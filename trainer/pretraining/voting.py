@@ -11,12 +11,11 @@ stays as the judge says: a backbone's template knows two words.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from trainer.backbone import load_backbone
+from trainer.backbone import Backbone, load_backbone
 from trainer.cpu import half_precision
 from trainer.pretraining.evaluate import ask
 from trainer.pretraining.judge import NEUTRAL
@@ -36,18 +35,19 @@ def with_votes(judge: Verdicts, voters: Sequence[str], workers: int, half: bool 
 
     half: products in bf16; None: where the device multiplies it.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = [load_backbone(folder, device=device) for folder in voters]
 
     def verdicts(texts: list[str]) -> np.ndarray:
-        return vote(judge(texts), [odds(Path(v), texts, workers, half) for v in voters])
+        return vote(judge(texts), [odds(voter, texts, workers, half) for voter in loaded])
 
     return verdicts
 
 
-def odds(folder: Path, texts: Sequence[str], workers: int, half: bool | None) -> np.ndarray:
+def odds(voter: Backbone, texts: Sequence[str], workers: int, half: bool | None) -> np.ndarray:
     """Log odds [N] of "great" against "terrible" that a backbone gives under the template."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    t5 = load_backbone(str(folder), device=device).t5
-    asker = Asker(start_tokenizer(folder))
+    t5, asker = voter.t5, Asker(start_tokenizer(voter.folder))
+    device = t5.model.device
     half = half_precision(device, half)
 
     def asked(part: np.ndarray) -> np.ndarray:
