@@ -8,7 +8,9 @@ Every batch contains the oldest text, so none starves. The queue is bounded in t
 a deadline, and the texts of a request that failed, expired or lost its client leave the queue at
 once.
 
-Everything here runs on the event loop's thread, except `run`, which gets a thread per worker.
+A worker's thread runs its batches and, as long as there is a next one, takes that itself: the
+loop, which may be busy with requests for milliseconds, only delivers the answers. All else runs on
+the event loop's thread; a lock guards the queue between them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import itertools
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,12 +29,13 @@ from typing import Protocol
 
 from serve.classifier import Result
 from serve.errors import Failure
-from serve.plan import BatchLimits
+from serve.plan import BatchLimits, company
 from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)
 
 THREADS = "metapt-"  # how the names of a server's threads begin
+_LEAST = 8  # texts that a batch may always have, few though they may be for several workers
 _WINDOW = 4  # times `max_rows`: how many of the oldest texts are looked at for a batch
 
 
@@ -123,6 +127,7 @@ class Batcher:
         self._max_wait, self._max_queue, self._deadline = max_wait, max_queue, deadline
         self._workers = workers
         self._observer = observer
+        self._lock = threading.Lock()  # of the queue: the next four and `Request.counted`
         self._rows: dict[int, _Row] = {}  # oldest first
         self._tokens = 0  # of the rows, without padding
         self._numbers = itertools.count()
@@ -190,11 +195,12 @@ class Batcher:
                 f"{texts} texts in one request, but the server takes {self._max_queue}: send "
                 "them in several requests"
             )
-        if self.waiting + texts > self._max_queue:
-            seconds = self.waiting / self._rate if self._rate else 1.0
-            raise QueueFull(max(1, min(60, math.ceil(seconds))))
+        with self._lock:
+            if self.waiting + texts > self._max_queue:
+                seconds = self.waiting / self._rate if self._rate else 1.0
+                raise QueueFull(max(1, min(60, math.ceil(seconds))))
+            self.waiting += texts
         request = Request(self._loop.create_future(), texts, [None] * texts, texts)
-        self.waiting += texts
         self._open.add(request)
         self._idle.clear()
         request.timer = self._loop.call_later(self._deadline, self.fail, request, DeadlinePassed())
@@ -204,26 +210,29 @@ class Batcher:
         """Put an admitted request's texts into the queue; its `future` gets the answer."""
         if request.future.done():  # it expired, or its client went, while it was tokenized
             return
-        was_empty, now = not self._rows, perf_counter()
+        now = perf_counter()
         # Cut off, so that the pause between two bursts does not hide that they are bursts.
         self._gap += 0.2 * (min(now - self._latest, 4 * self._max_wait) - self._gap)
         self._latest = now
-        for index, item in enumerate(encoded):
-            number = next(self._numbers)
-            self._rows[number] = _Row(item, request, index, now)
-            request.rows.append(number)
-            self._tokens += len(item.ids)
-        if was_empty or self._full():
-            self._wake.set()
+        with self._lock:
+            was_empty = not self._rows
+            for index, item in enumerate(encoded):
+                number = next(self._numbers)
+                self._rows[number] = _Row(item, request, index, now)
+                request.rows.append(number)
+                self._tokens += len(item.ids)
+            if was_empty or self._full():
+                self._wake.set()
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request: its texts leave the queue, its future raises `error`."""
-        for number in request.rows:
-            row = self._rows.pop(number, None)
-            if row is not None:
-                self._tokens -= len(row.encoded.ids)
-        self.waiting -= request.counted
-        request.counted = 0
+        with self._lock:
+            for number in request.rows:
+                row = self._rows.pop(number, None)
+                if row is not None:
+                    self._tokens -= len(row.encoded.ids)
+            self.waiting -= request.counted
+            request.counted = 0
         if not request.future.done():
             request.future.set_exception(error)
             request.future.exception()  # marked as seen: the client may be gone already
@@ -241,96 +250,86 @@ class Batcher:
     def _full(self) -> bool:
         return self._tokens >= self._limits.tokens or len(self._rows) >= self._limits.rows
 
+    def _due(self) -> bool:
+        """Whether there is a batch worth running now; the lock is held."""
+        if not self._rows:
+            return False
+        lonely = self._gap > self._max_wait
+        return lonely or self.draining or self._full() or self._patience() <= 0
+
+    def _patience(self) -> float:
+        """Seconds that the oldest text still waits for company; the lock is held."""
+        return next(iter(self._rows.values())).arrived + self._max_wait - perf_counter()
+
+    def _take(self) -> list[_Row]:
+        """The next batch, or nothing where none is due."""
+        with self._lock:
+            return self._pick() if self._due() else []
+
     async def _work(self, number: int) -> None:
         while True:
-            await self._time_to_run()
-            batch = self._pick()
-            encoded = [row.encoded for row in batch]
-            begun = self.running_since[number] = perf_counter()
-            answers = await self._loop.run_in_executor(self._pool, self._answers, encoded)
-            del self.running_since[number]
-            self._deliver(batch, answers)
-            seconds = perf_counter() - begun
-            rate = len(batch) / max(seconds, 1e-6) * self._workers
-            self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
-            if self._observer is not None:
-                lengths = [len(item.ids) for item in encoded]
-                self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths), seconds)
+            if batch := self._take():
+                await self._loop.run_in_executor(self._pool, self._run_batches, number, batch)
+                del self.running_since[number]
+            else:
+                await self._until_due()
 
-    async def _time_to_run(self) -> None:
-        """Wait until there is a batch worth running."""
-        while True:
-            if not self._rows:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            oldest = next(iter(self._rows.values()))
-            patience = oldest.arrived + self._max_wait - perf_counter()
-            lonely = self._gap > self._max_wait
-            if patience <= 0 or lonely or self.draining or self._full():
-                return
+    async def _until_due(self) -> None:
+        """Wait until a batch may be due."""
+        with self._lock:
             self._wake.clear()
+            patience = self._patience() if self._rows else None
+            if self._due():
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._wake.wait()
+
+    def _run_batches(self, number: int, batch: list[_Row]) -> None:
+        """Run a batch, and those that are due after it, in a worker's thread."""
+        while batch:
+            begun = self.running_since[number] = perf_counter()
+            answers = self._answers([row.encoded for row in batch])
             try:
-                async with asyncio.timeout(patience):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+                self._loop.call_soon_threadsafe(
+                    self._finish, batch, answers, begun, perf_counter() - begun
+                )
+            except RuntimeError:  # the loop is closed: nobody waits for answers any more
+                return
+            batch = self._take()
+
+    def _finish(
+        self,
+        batch: Sequence[_Row],
+        answers: Sequence[Result | Exception],
+        begun: float,
+        seconds: float,
+    ) -> None:
+        """Deliver a batch's answers, and tell who observes."""
+        self._deliver(batch, answers)
+        rate = len(batch) / max(seconds, 1e-6) * self._workers
+        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        if self._observer is not None:
+            for row in batch:
+                self._observer.waited(begun - row.arrived)
+            lengths = [len(row.encoded.ids) for row in batch]
+            self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths), seconds)
 
     def _pick(self) -> list[_Row]:
-        """Take the oldest text and those that wait nearest to it in length, as many as make a
-        token cheapest: padding is run as well, but so is what every run costs however short it is.
+        """Take the oldest text and its best company; the lock is held.
+
+        No more than a worker's share of what waits, so that the next one that is free finds work
+        (guided self-scheduling, Polychronopoulos and Kuck 1987).
         """
-        limits = self._limits
-        numbers = list(itertools.islice(self._rows, limits.rows * _WINDOW))
-        oldest = numbers[0]
-        numbers.sort(key=lambda n: len(self._rows[n].encoded.ids))
-        low = high = numbers.index(oldest)
-        first = self._rows[oldest].encoded
-        useful = longest = len(first.ids)
-        chosen = [oldest]
-        tasks = {id(first.task)}
-        count, best = 1, useful / (longest + limits.run_cost)
-        while len(chosen) < limits.rows:
-            below = self._length(numbers, low - 1)
-            above = self._length(numbers, high + 1)
-            if below is None and above is None:
-                break
-            if above is None or (below is not None and longest - below <= above - longest):
-                assert below is not None
-                low, number, size = low - 1, numbers[low - 1], below
-            else:
-                high, number, size = high + 1, numbers[high + 1], above
-            grown = max(longest, size)
-            padded = (len(chosen) + 1) * grown
-            alone = size + limits.run_cost  # what a run of its own would cost
-            dearer = padded - len(chosen) * longest > alone
-            if dearer or not limits.hold(len(chosen) + 1, grown):
-                break
-            task = id(self._rows[number].encoded.task)
-            if task not in tasks and len(tasks) == limits.tasks:
-                continue
-            tasks.add(task)
-            chosen.append(number)
-            useful += size
-            longest = grown
-            share = useful / (padded + limits.run_cost)
-            if share >= best:
-                count, best = len(chosen), share
-        del chosen[count:]
-        now = perf_counter()
-        batch = [self._rows.pop(number) for number in chosen]
+        share = max(_LEAST, math.ceil(len(self._rows) / self._workers))
+        numbers = list(itertools.islice(self._rows, self._limits.rows * _WINDOW))
+        found = company([self._rows[number].encoded for number in numbers], self._limits, share)
+        batch = [self._rows.pop(numbers[place]) for place in found]
         for row in batch:
             self._tokens -= len(row.encoded.ids)
             self.waiting -= 1
             row.request.counted -= 1
-            if self._observer is not None:
-                self._observer.waited(now - row.arrived)
         return batch
-
-    def _length(self, numbers: Sequence[int], place: int) -> int | None:
-        if not 0 <= place < len(numbers):
-            return None
-        return len(self._rows[numbers[place]].encoded.ids)
 
     def _answers(self, encoded: Sequence[Encoded]) -> list[Result | Exception]:
         """Run a batch in a worker's thread; what fails, fails for the rows of its task only."""

@@ -76,6 +76,54 @@ def plan(encoded: Sequence[Encoded], limits: BatchLimits) -> list[list[int]]:
     return batches
 
 
+def company(waiting: Sequence[Encoded], limits: BatchLimits, most: int) -> list[int]:
+    """Which texts of a queue run with the first: those nearest to it in length, as many as make a
+    token cheapest. Padding is run as well, but so is what every run costs however short it is.
+
+    Args:
+        waiting: at least one text.
+        most: texts at most, besides the limits.
+
+    Returns:
+        Positions in `waiting`, 0 first.
+    """
+    lengths = [len(item.ids) for item in waiting]
+    order = sorted(range(len(waiting)), key=lengths.__getitem__)
+    low = high = order.index(0)
+    useful = longest = lengths[0]
+    chosen, tasks = [0], {id(waiting[0].task)}
+    count, best = 1, useful / (longest + limits.run_cost)
+    while len(chosen) < min(most, limits.rows):
+        below = lengths[order[low - 1]] if low else None
+        above = lengths[order[high + 1]] if high + 1 < len(order) else None
+        if below is None and above is None:
+            break
+        if above is None or (below is not None and longest - below <= above - longest):
+            low -= 1
+            place = order[low]
+        else:
+            high += 1
+            place = order[high]
+        size = lengths[place]
+        grown = max(longest, size)
+        padded = (len(chosen) + 1) * grown
+        alone = size + limits.run_cost  # what a run of its own would cost
+        dearer = padded - len(chosen) * longest > alone
+        if dearer or not limits.hold(len(chosen) + 1, grown):
+            break
+        task = id(waiting[place].task)
+        if task not in tasks and len(tasks) == limits.tasks:
+            continue
+        tasks.add(task)
+        chosen.append(place)
+        useful += size
+        longest = grown
+        share = useful / (padded + limits.run_cost)
+        if share >= best:
+            count, best = len(chosen), share
+    return chosen[:count]
+
+
 def in_groups(slots: Sequence[int]) -> tuple[list[int], list[int]]:
     """How a batch's rows are given to a graph that reads what a task's rows share only once: the
     rows of a task together, in groups of one size: the largest that divides every task's rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -291,6 +292,36 @@ def test_two_workers_run_two_batches_at_once() -> None:
         await asyncio.gather(*futures)
 
     run(story, workers=2, rows=1)
+
+
+def test_a_worker_goes_on_while_the_loop_is_busy() -> None:
+    """The next batch is taken by the worker itself: the loop only delivers."""
+
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        futures = [send(batcher, rows(1))]
+        await settle()
+        futures += [send(batcher, rows(2, 2, 2, 2)), send(batcher, rows(3, 3, 3, 3))]
+        fake.gate.set()
+        end = time.monotonic() + 5
+        while len(fake.batches) < 3 and time.monotonic() < end:
+            time.sleep(0.001)  # the loop is busy with something else
+        assert [len(batch) for batch in fake.batches] == [1, 4, 4]
+        assert not any(future.done() for future in futures)
+        await asyncio.gather(*futures)
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("workers", "sizes"), [(1, [40]), (2, [20, 10, 8, 2]), (4, [10, 8, 8, 8, 6])]
+)
+def test_a_batch_takes_its_workers_share_of_what_waits(workers: int, sizes: list[int]) -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        await send(batcher, rows(*[2] * 40))
+
+    fake = run(story, workers=workers, rows=64, tokens=1000, max_queue=64)
+    assert sorted((len(batch) for batch in fake.batches), reverse=True) == sizes
 
 
 def test_alive_is_false_while_a_batch_hangs() -> None:

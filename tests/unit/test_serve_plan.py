@@ -1,11 +1,12 @@
-"""How a batch's rows are grouped for the graph."""
+"""Which texts run together, and how a batch's rows are grouped for the graph."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.plan import in_groups
+from serve.plan import BatchLimits, company, in_groups
+from serve.tokenize import Encoded
 
 
 def test_rows_of_one_task_are_one_group() -> None:
@@ -33,3 +34,31 @@ def test_every_row_is_given_once_and_with_its_own_task(slots: list[int]) -> None
     assert len(slots) % len(groups) == 0
     size = len(slots) // len(groups)
     assert [slots[place] for place in order] == [slot for slot in groups for _ in range(size)]
+
+
+def cheapest(lengths: list[int], most: int, cost: int) -> float:
+    """Tokens run for each token of text, of the best batch around the first text: every run of
+    neighbours in length that holds it, tried one by one."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    here = order.index(0)
+    best = float("inf")
+    for low in range(here + 1):
+        for high in range(here, len(order)):
+            chosen = [lengths[place] for place in order[low : high + 1]]
+            if len(chosen) <= most:
+                best = min(best, (len(chosen) * max(chosen) + cost) / sum(chosen))
+    return best
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 12))
+def test_company_holds_the_first_and_keeps_to_the_limits(lengths: list[int], most: int) -> None:
+    """No cheaper than the best batch of all, no dearer than the first text alone."""
+    waiting = [Encoded([5] * length, False, None) for length in lengths]
+    limits = BatchLimits(tokens=300, rows=8, tasks=1)
+    found = company(waiting, limits, most)
+    assert found[0] == 0 and len(set(found)) == len(found) <= min(8, most)
+    chosen = [lengths[place] for place in found]
+    assert len(found) == 1 or len(found) * max(chosen) <= 300
+    price = (len(found) * max(chosen) + limits.run_cost) / sum(chosen)
+    alone = (lengths[0] + limits.run_cost) / lengths[0]
+    assert cheapest(lengths, min(8, most), limits.run_cost) <= price <= alone
