@@ -37,6 +37,7 @@ def run_setfit(
     from datasets import disable_progress_bars as quiet_datasets
     from setfit import SetFitModel, Trainer, TrainingArguments
     from sklearn.metrics import f1_score
+    from transformers import PrinterCallback, ProgressCallback
 
     quiet_datasets()
     model = SetFitModel.from_pretrained(encoder_source(encoder), device=device)
@@ -47,6 +48,8 @@ def run_setfit(
         )  # fmt: skip
         rows = Dataset.from_dict({"text": train.texts, "label": train.labels.tolist()})
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        for callback in (ProgressCallback, PrinterCallback):  # the table has a bar of its own
+            trainer.remove_callback(callback)
         trainer.train()
     predicted = np.asarray(model.predict(test.texts, show_progress_bar=False))
     return {
