@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from serve.classifier import MIB, Classifier
+from serve.cli import guarded
 from serve.files import write_json
 from serve.tokenize import Encoded
 
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.backbone_table import Bench, TableConfig
+from serve.cli import guarded
 from trainer.backbone import load_backbone
 from trainer.data import Examples, draw_few_shot
 
@@ -129,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

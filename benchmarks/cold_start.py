@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 
 from benchmarks.http_load import server
 from benchmarks.serving import prepare
+from serve.cli import guarded
 
 WEB = ["fastapi", "uvicorn[standard]"]
 NEEDS = {
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

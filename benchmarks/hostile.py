@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.http_load import fill, server
+from serve.cli import guarded
 from serve.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

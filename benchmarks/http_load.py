@@ -37,6 +37,7 @@ import numpy as np
 
 from benchmarks.http_client import Sample, closed_loop, open_loop, prepare
 from serve.classifier import Classifier
+from serve.cli import guarded
 from serve.files import write_json
 
 WORDS = (
@@ -234,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from serve import bundle as bundles
+from serve.cli import guarded
 from serve.engine import DTYPES
 
 
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.meta_training import GEOMETRIES
+from serve.cli import guarded
 from serve.files import atomic_folder
 from trainer.backbone import backbone_folder
 
@@ -45,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

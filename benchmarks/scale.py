@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ import numpy as np
 from serve import bundle as bundles
 from serve.bank import Bank
 from serve.classifier import MIB, Classifier
+from serve.cli import guarded
 from serve.files import atomic_write, write_json
 from serve.task import Task
 from serve.tokenize import Encoded
@@ -388,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ from exporter.export import export_bundle
 from exporter.verify import Slot, reference
 from serve import bundle as bundles
 from serve.classifier import Classifier
+from serve.cli import guarded
 from serve.files import atomic_folder
 from serve.tokenize import Encoded
 from trainer import vader
@@ -378,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.http_client import Connection, prepare
 from benchmarks.http_load import fill, make_texts, server
 from serve.classifier import Classifier
+from serve.cli import guarded
 from serve.files import write_json
 
 TOKEN = "soak"
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

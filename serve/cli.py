@@ -244,11 +244,11 @@ def _parser(prog: str, description: str, commands: Mapping[str, Command]) -> _Pa
 
 
 def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) -> int:
-    """Parse `argv`, run the command, and turn what goes wrong into one line and an exit code."""
-    try:
-        if callable(commands):
-            commands = commands(list(argv))
-        parser = _parser(prog, description, commands)
+    """Parse `argv`, run the command, and give its exit code."""
+
+    def work() -> int | None:
+        known = commands(list(argv)) if callable(commands) else commands
+        parser = _parser(prog, description, known)
         given = vars(parser.parse_args(list(argv)))
         name = given.pop("command")
         if name is None:
@@ -258,8 +258,15 @@ def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) ->
         values = _from_file(file, name) if file else {}
         # An empty positional list is argparse's way of saying that nothing was given.
         values.update({key: value for key, value in given.items() if value != []})
-        command = commands[name]
-        return command.run(build_config(command.config, values)) or 0
+        return known[name].run(build_config(known[name].config, values))
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int | None]) -> int:
+    """Do a command's work, and turn what goes wrong into one line and an exit code."""
+    try:
+        return work() or 0
     except (UserError, Failure) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
