@@ -99,8 +99,13 @@ class PretrainConfig(SourceOptions):
 class Sampling:
     """How few samples there are."""
 
-    train: int = option(40, help="training samples drawn by the seed (A.4)", minimum=1)
-    validation: int = option(40, help="validation samples drawn by the seed (A.4)", minimum=1)
+    train: int | None = option(
+        None, help="training samples drawn by the seed (default: 40 as in A.4, or three fifths of "
+        "fewer than 80 rows)", minimum=1,
+    )  # fmt: skip
+    validation: int | None = option(
+        None, help="validation samples drawn by the seed (default: 40, or the rest)", minimum=1
+    )
     balanced: bool = option(False, help="draw the same number of each class")
 
 

@@ -28,6 +28,8 @@ from trainer.tensors import digest
 
 log = logging.getLogger(__name__)
 
+_USUAL = 40  # samples to learn from, and as many to choose by (A.4)
+
 
 @dataclass
 class Tuned:
@@ -161,11 +163,25 @@ def tune(
     return Tuned(Prompt(best, task_record), loop.metrics_text(), loop)
 
 
+def sample_sizes(rows: int, train: int | None, validation: int | None) -> tuple[int, int]:
+    """How many samples to draw from so many rows: what is asked for, else 40 and 40 (A.4), or all
+    of fewer rows, three in five of them to learn from."""
+    if train is None:
+        left = rows - (validation or 0)
+        train = min(_USUAL, max(1, left if validation else math.ceil(0.6 * left)))
+    return train, validation or min(_USUAL, max(1, rows - train))
+
+
 def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
     """The training and validation samples of the seed."""
-    chosen = draw_few_shot(
-        pool, config.seed, config.train, config.validation, task.classes, config.balanced
-    )
+    train, validation = sample_sizes(len(pool), config.train, config.validation)
+    if len(pool) < 2 * _USUAL and None in (config.train, config.validation):
+        log.info(
+            "%s has %d rows to learn from: %d of them are learned from, %d choose the step "
+            "(40 and 40 where there are as many)",
+            pool.source or task.name, len(pool), train, validation,
+        )  # fmt: skip
+    chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
     return pool.take(chosen[0]), pool.take(chosen[1])
 
 

@@ -24,6 +24,28 @@ from trainer.readout import compile_template, encode_texts
 from trainer.tasks import make_task
 
 
+@pytest.mark.parametrize(
+    ("rows", "asked", "drawn"),
+    [
+        (1000, (None, None), (40, 40)),  # A.4
+        (80, (None, None), (40, 40)),
+        (79, (None, None), (40, 39)),
+        (32, (None, None), (20, 12)),  # a file of forty, without its fifth for testing
+        (5, (None, None), (3, 2)),
+        (1, (None, None), (1, 1)),  # which is refused when it is drawn
+        (32, (16, None), (16, 16)),
+        (32, (None, 12), (20, 12)),
+        (1000, (16, None), (16, 40)),
+        (1000, (None, 100), (40, 100)),
+        (32, (40, 40), (40, 40)),  # refused as well: asked for is asked for
+    ],
+)
+def test_a_small_file_is_used_whole(
+    rows: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
+) -> None:
+    assert tune_module.sample_sizes(rows, *asked) == drawn
+
+
 @pytest.mark.parametrize("module", [tune_module, finetune_module])
 def test_a_step_takes_batch_times_accumulation_samples(
     tiny_t5: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch
