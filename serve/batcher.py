@@ -269,6 +269,8 @@ class Batcher:
     async def _work(self, number: int) -> None:
         while True:
             if batch := self._take():
+                # Keys come and go here only: the loop may be counting them.
+                self.running_since[number] = perf_counter()
                 await self._loop.run_in_executor(self._pool, self._run_batches, number, batch)
                 del self.running_since[number]
             else:
