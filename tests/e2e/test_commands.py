@@ -246,7 +246,6 @@ def test_wrong_flags(
         (b"text,label\nthe film,7\nthe food,0\n", "label '7' is not one of negative, positive"),
         (b"text,label\nthe \xe9t\xe9,1\n", "is not UTF-8"),
         (b"text,label\n" + b"the film was good,1\n" * 100, "no sample of class 'negative'"),
-        (b"text,label\n" + b"the film was good,1\n" * 10 + b"bad,0\n" * 10, "40 + 40 are to be"),
     ],
 )
 def test_wrong_files(
@@ -258,6 +257,13 @@ def test_wrong_files(
     line = one_line(err)
     assert code == 2 and says in line.replace(str(tmp_path), "") and "reviews.csv" in line
     assert not (tmp_path / "prompt").exists()
+
+
+def test_more_samples_than_rows(trainer: Trainer, tune_flags: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"film {i} was fine,{i % 2}\n" for i in range(20)))
+    code, _, err = trainer(*replaced(tune_flags, "--data", path), "--train", 40)
+    assert code == 2 and "40 + 1 are to be drawn: pass --train" in one_line(err)
 
 
 def test_unknown_task_lists_the_known(trainer: Trainer, tmp_path: Path) -> None:
