@@ -289,31 +289,31 @@ class Batcher:
 
     def _run_batches(self, number: int, batch: list[_Row]) -> None:
         """Run a batch, and those that are due after it, in a worker's thread."""
-        while batch:
-            begun = self.running_since[number] = perf_counter()
-            answers = self._answers([row.encoded for row in batch])
-            try:
-                self._loop.call_soon_threadsafe(
-                    self._finish, batch, answers, begun, perf_counter() - begun
-                )
-            except RuntimeError:  # the loop is closed: nobody waits for answers any more
-                return
-            batch = self._take()
+        try:
+            while batch:
+                begun = self.running_since[number] = perf_counter()
+                self._loop.call_soon_threadsafe(self._began, batch, begun)
+                answers = self._answers([row.encoded for row in batch])
+                seconds = perf_counter() - begun
+                self._loop.call_soon_threadsafe(self._finish, batch, answers, seconds)
+                batch = self._take()
+        except RuntimeError:
+            if not self._loop.is_closed():  # otherwise nobody waits for answers any more
+                raise
+
+    def _began(self, batch: Sequence[_Row], begun: float) -> None:
+        if self._observer is not None:
+            for row in batch:
+                self._observer.waited(begun - row.arrived)
 
     def _finish(
-        self,
-        batch: Sequence[_Row],
-        answers: Sequence[Result | Exception],
-        begun: float,
-        seconds: float,
+        self, batch: Sequence[_Row], answers: Sequence[Result | Exception], seconds: float
     ) -> None:
         """Deliver a batch's answers, and tell who observes."""
         self._deliver(batch, answers)
         rate = len(batch) / max(seconds, 1e-6) * self._workers
         self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
         if self._observer is not None:
-            for row in batch:
-                self._observer.waited(begun - row.arrived)
             lengths = [len(row.encoded.ids) for row in batch]
             self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths), seconds)
 

@@ -194,8 +194,9 @@ def test_a_batch_that_hangs_is_answered_counted_and_does_not_keep_the_process(
     with running(tmp_path, *flags, program=("-c", HANGS)) as process:
         waiting, other = process.connect(), process.connect()
         waiting.request("POST", "/classify", json.dumps({"text": "good", "task": "film"}))
-        page = b""
+        page, end = b"", time.monotonic() + 60
         while b"metapt_queue_seconds_count 1.0" not in page:  # it runs now
+            assert time.monotonic() < end, page.decode()
             other.request("GET", "/metrics")
             page = other.getresponse().read()
         for _ in range(signals):
