@@ -127,7 +127,8 @@ class Batcher:
         self._max_wait, self._max_queue, self._deadline = max_wait, max_queue, deadline
         self._workers = workers
         self._observer = observer
-        self._lock = threading.Lock()  # of the queue: the next four and `Request.counted`
+        # Of what workers change too: `_rows`, `_tokens`, `waiting` and `Request.counted`.
+        self._lock = threading.Lock()
         self._rows: dict[int, _Row] = {}  # oldest first
         self._tokens = 0  # of the rows, without padding
         self._numbers = itertools.count()
@@ -280,9 +281,9 @@ class Batcher:
         """Wait until a batch may be due."""
         with self._lock:
             self._wake.clear()
-            patience = self._patience() if self._rows else None
             if self._due():
                 return
+            patience = self._patience() if self._rows else None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._wake.wait()

@@ -175,11 +175,11 @@ def sample_sizes(rows: int, train: int | None, validation: int | None) -> tuple[
 def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
     """The training and validation samples of the seed."""
     train, validation = sample_sizes(len(pool), config.train, config.validation)
-    if len(pool) < 2 * _USUAL and None in (config.train, config.validation):
+    if (train, validation) != (config.train or _USUAL, config.validation or _USUAL):
         log.info(
             "%s has %d rows to learn from: %d of them are learned from, %d choose the step "
-            "(40 and 40 where there are as many)",
-            pool.source or task.name, len(pool), train, validation,
+            "(%d each where there are as many)",
+            pool.source or task.name, len(pool), train, validation, _USUAL,
         )  # fmt: skip
     chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
     return pool.take(chosen[0]), pool.take(chosen[1])
