@@ -7,8 +7,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from exporter.precision import INT8, halve_bank, head_products, quantize_heads
+from exporter.precision import INT8, halve_bank, head_products, join_wide, quantize_heads
 
 HEADS, ROWS, WIDE, NARROW = 3, 4, 16, 5
 
@@ -83,3 +84,45 @@ def test_a_graph_without_a_bank_is_left_alone() -> None:
     model = model_of(np.ones((HEADS, WIDE, NARROW), np.float32))
     before = model.SerializeToString()
     assert halve_bank(model) == 0 and model.SerializeToString() == before
+
+
+def test_between_wide_operators_nothing_is_narrowed() -> None:
+    """Two operators that are kept wide hand on what half precision cannot hold."""
+    info, full = helper.make_tensor_value_info, TensorProto.FLOAT
+    tensors = {
+        "up": np.array(1e6, np.float32), "down": np.array(1e-6, np.float32),
+        "w": np.eye(4, dtype=np.float32) * 2,
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="first"),
+        helper.make_node("Mul", ["a", "up"], ["b"], name="wide_up"),
+        helper.make_node("Mul", ["b", "down"], ["c"], name="wide_down"),
+        helper.make_node("Mul", ["b", "down"], ["d"], name="wide_again"),
+        helper.make_node("Add", ["c", "d"], ["e"], name="last"),
+        helper.make_node("MatMul", ["e", "w"], ["y"], name="second"),
+    ]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes, "g", [info("x", full, ["B", 4])], [info("y", full, ["B", 4])],
+            [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
+    )  # fmt: skip
+    half = convert_float_to_float16(
+        model, keep_io_types=False, node_block_list=["wide_up", "wide_down", "wide_again"]
+    )
+    values = np.linspace(0.5, 3, 8, dtype=np.float32).reshape(2, 4)
+
+    def answer() -> np.ndarray:
+        session = ort.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": values.astype(np.float16)})[0]
+
+    assert not np.isfinite(answer()).all()  # as the converter leaves it
+    casts = sum(node.op_type == "Cast" for node in half.graph.node)
+    removed = join_wide(half)
+    assert removed > 0
+    assert sum(node.op_type == "Cast" for node in half.graph.node) == casts - removed
+    names = [node.name for node in half.graph.node]
+    assert len(names) == len(set(names))  # onnxruntime before 1.32 refuses others
+    np.testing.assert_allclose(answer(), 8 * values, rtol=2e-3)
+    assert join_wide(half) == 0
