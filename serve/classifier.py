@@ -37,7 +37,9 @@ MIB = 2**20
 # (docs/speed.md); a batch beyond the second, one long row then, gives its memory back.
 _CACHED, _LARGE = 6 * MIB, 16 * MIB
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
-_RUN_COST = {"cpu": 16, "cuda": 2048}  # of a run, in tokens a thread; cuda: an estimate
+# What a run costs besides its tokens, in tokens: on a CPU for each thread; on a GPU (an estimate)
+# for the start of some hundreds of kernels, whatever the number of threads.
+_RUN_COST, _RUN_COST_CUDA = 16, 2048
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
 
@@ -153,7 +155,7 @@ class Classifier:
         self._score_bytes = 4 * self.bundle.size("num_heads")
         self.limits = BatchLimits(
             token_budget, max_rows, tasks=self.bank.capacity,
-            run_cost=_RUN_COST[device] * self.threads,
+            run_cost=_RUN_COST * self.threads if device == "cpu" else _RUN_COST_CUDA,
             scores=_CACHED // self._score_bytes if device == "cpu" else None,
             queries=prompt if self.bundle.mode == "full" else 0, keys=prompt,
         )  # fmt: skip
@@ -344,7 +346,7 @@ class Classifier:
             feed = dict(view.inputs)
             values = (input_ids, mask, np.array(groups, np.int64))
             for name, value in zip(_TEXT_INPUTS, values, strict=True):
-                feed[name] = on_device(value, self._engine.device)
+                feed[name] = on_device(value, "cpu")  # a GPU's copy is made on the run's own stream
             large = self.limits.cells(len(batch), longest) * self._score_bytes > _LARGE
             logits = self._engine.run(feed, give_back=large)[0].astype(np.float32)
         return logits[np.argsort(order)]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import io
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +21,9 @@ log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8  # by default: each keeps the memory of its largest batch
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Against the defaults: TF32 keeps 10 of the 23 bits of a product's factors, but fp32 is what export
+# compared with torch; and an arena that grows by doubling takes what others on the GPU could use.
+_OPTIONS = {CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}}
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -62,21 +70,57 @@ def share_cores(threads: int | None, workers: int | None, cores: int) -> tuple[i
     return threads or max(1, cores // workers), workers
 
 
+@functools.cache
+def has_cuda_driver() -> bool:
+    """Whether NVIDIA's driver is installed. `onnxruntime-gpu` offers CUDA on every machine, and a
+    session then starts on the CPU with the threads and workers that were meant to wait for a GPU.
+    """
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def load_cuda_libraries() -> None:
+    """Let the CUDA provider find the libraries that pip installed (`nvidia-cublas` and others).
+
+    They are on no path of the loader. A process that imported torch has loaded them; this package
+    never imports it. Without a CUDA build of onnxruntime nothing happens; of a library that is not
+    there the provider complains itself.
+    """
+    preload = getattr(ort, "preload_dlls", None)  # since 1.21
+    if preload is None or not getattr(ort, "cuda_version", ""):
+        return
+    said = io.StringIO()  # it prints, but standard output may be a command's answer
+    try:
+        with contextlib.redirect_stdout(said):
+            preload()
+    except Exception as error:  # what it raises is written nowhere
+        log.debug("onnxruntime.preload_dlls failed: %s", error)
+    for line in said.getvalue().splitlines():
+        log.debug("onnxruntime.preload_dlls: %s", line)
+
+
 def choose_providers(wanted: Sequence[str] | None) -> list[str]:
-    """The execution providers to use: `wanted`, or CUDA where it is there, and the CPU after it.
+    """The execution providers to use: `wanted`, or CUDA where it and a driver are there, and the CPU
+    after it.
 
     Raises:
         UserError: a provider is wanted that this onnxruntime does not have.
     """
     available = ort.get_available_providers()
     if wanted is None:
-        return [CUDA, CPU] if CUDA in available else [CPU]
+        wanted = [CUDA] if CUDA in available and has_cuda_driver() else []
     for name in wanted:
         if name not in available:
             raise UserError(
                 f"onnxruntime has no provider '{name}' here: it has {', '.join(available)}; "
                 'for CUDA, pip install "onnxruntime-gpu" in place of "onnxruntime"'
             )
+    if CUDA in wanted:
+        load_cuda_libraries()
     return [*wanted, CPU] if CPU not in wanted else list(wanted)
 
 
@@ -113,10 +157,16 @@ class Engine:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        # Beside a GPU the threads have next to nothing to do.
+        spins = "1" if spin and CUDA not in providers else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", spins)
         options.log_severity_level = 3  # errors; they also come as exceptions
+        chosen = [(name, _OPTIONS.get(name, {})) for name in providers]
+        # A provider that fails is reported by print, but standard output may be a command's answer.
+        apart = contextlib.redirect_stdout(sys.stderr) if CUDA in providers else None
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=list(providers))
+            with apart or contextlib.nullcontext():
+                self._session = ort.InferenceSession(str(graph), options, providers=chosen)
         except Exception as error:  # onnxruntime's errors share no base class
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Failure(f"onnxruntime cannot load {graph} ({first}): export it again") from error
@@ -126,6 +176,10 @@ class Engine:
                 f"onnxruntime cannot start {', '.join(missing)} on this machine: check its device, "
                 "driver and libraries, or leave it out of --providers"
             )
+        if missing:
+            log.warning("onnxruntime cannot start %s here: going on without", ", ".join(missing))
+        # A run that fails on a GPU would else be tried again on the CPU, there and ever after.
+        self._session.disable_fallback()
         self.graph = graph
         self._shrinking = ort.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -137,10 +191,10 @@ class Engine:
         """Run the graph.
 
         Args:
-            feed: its inputs; those that it does not have are left out.
-            give_back: return memory to the system after the run. onnxruntime otherwise keeps what
-                its largest run took; asking for it anew costs a short run up to a tenth of its
-                time, so this is for runs that are rare and large.
+            feed: its inputs, on the CPU or on the device; those that it does not have are left out.
+            give_back: on a CPU, return memory to the system after the run. onnxruntime otherwise
+                keeps what its largest run took; asking for it anew costs a short run up to a tenth
+                of its time, so this is for runs that are rare and large.
 
         Raises:
             Failure: onnxruntime fails, for example for want of memory.
@@ -148,7 +202,7 @@ class Engine:
         given = {name: value for name, value in feed.items() if name in self.inputs}
         try:
             outputs = self._session.run_with_ort_values(
-                self.outputs, given, self._shrinking if give_back else None
+                self.outputs, given, self._shrinking if give_back and self.device == "cpu" else None
             )
         except Exception as error:  # as above
             first = str(error).splitlines()[0] if str(error) else type(error).__name__

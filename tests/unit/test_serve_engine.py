@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ import pytest
 import serve_toy as toy
 
 from serve.classifier import Classifier
-from serve.engine import CPU, CUDA, Engine, choose_providers, on_device, physical_cores, share_cores
+from serve.engine import (
+    CPU,
+    CUDA,
+    Engine,
+    choose_providers,
+    has_cuda_driver,
+    load_cuda_libraries,
+    on_device,
+    physical_cores,
+    share_cores,
+)
 from serve.errors import Failure, UserError
 
 
@@ -55,25 +66,149 @@ def test_a_machine_that_tells_nothing_counts_every_cpu(
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted", "chosen"),
+    ("available", "driver", "wanted", "chosen"),
     [
-        ([CPU], None, [CPU]),
-        ([CUDA, CPU], None, [CUDA, CPU]),
-        ([CUDA, CPU], [CPU], [CPU]),
-        ([CUDA, CPU], [CUDA], [CUDA, CPU]),
+        ([CPU], True, None, [CPU]),
+        ([CUDA, CPU], True, None, [CUDA, CPU]),
+        ([CUDA, CPU], False, None, [CPU]),  # onnxruntime-gpu on a machine without a GPU
+        ([CUDA, CPU], True, [CPU], [CPU]),
+        ([CUDA, CPU], False, [CUDA], [CUDA, CPU]),  # which then fails, and says why
     ],
 )
 def test_cuda_is_chosen_where_it_is(
-    monkeypatch: pytest.MonkeyPatch, available: list[str], wanted: list[str], chosen: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    available: list[str],
+    driver: bool,
+    wanted: list[str],
+    chosen: list[str],
 ) -> None:
     monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: available)
+    monkeypatch.setattr("serve.engine.has_cuda_driver", lambda: driver)
     assert choose_providers(wanted) == chosen
+
+
+def test_a_driver_is_there_if_its_library_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> None:
+        asked.append(name)
+        if len(asked) == 1:
+            raise OSError(name)
+
+    monkeypatch.setattr("serve.engine.ctypes.CDLL", load)
+    answers = []
+    for _ in range(2):
+        has_cuda_driver.cache_clear()
+        answers.append(has_cuda_driver())
+    has_cuda_driver.cache_clear()
+    assert answers == [False, True] and asked[0] == asked[1] == "libcuda.so.1"
 
 
 def test_a_provider_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CPU])
     with pytest.raises(UserError, match="onnxruntime-gpu"):
         choose_providers([CUDA])
+
+
+@pytest.mark.parametrize(
+    ("built", "wanted", "calls"),
+    [("13.0", None, 1), ("13.0", [CUDA], 1), ("13.0", [CPU], 0), ("", None, 0)],
+)
+def test_libraries_are_looked_for_once_and_where_cuda_may_be_used(
+    monkeypatch: pytest.MonkeyPatch, built: str, wanted: list[str] | None, calls: int
+) -> None:
+    done: list[int] = []
+    monkeypatch.setattr("serve.engine.ort.cuda_version", built, raising=False)
+    monkeypatch.setattr("serve.engine.ort.preload_dlls", lambda: done.append(1), raising=False)
+    monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("serve.engine.has_cuda_driver", lambda: True)
+    load_cuda_libraries.cache_clear()
+    choose_providers(wanted)
+    choose_providers(wanted)
+    load_cuda_libraries.cache_clear()
+    assert len(done) == calls
+
+
+def test_libraries_that_are_not_there_are_told_of_in_the_log_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def preload() -> None:
+        sys.stdout.write("Failed to load libcublas.so.13\n")
+        raise RuntimeError("no such directory")
+
+    monkeypatch.setattr("serve.engine.ort.cuda_version", "13.0", raising=False)
+    monkeypatch.setattr("serve.engine.ort.preload_dlls", preload, raising=False)
+    load_cuda_libraries.cache_clear()
+    with caplog.at_level("DEBUG", "serve.engine"):
+        load_cuda_libraries()
+    load_cuda_libraries.cache_clear()
+    assert capsys.readouterr().out == ""
+    assert "libcublas.so.13" in caplog.text and "no such directory" in caplog.text
+    assert {entry.levelname for entry in caplog.records} == {"DEBUG"}
+    monkeypatch.delattr("serve.engine.ort.preload_dlls")  # before onnxruntime 1.21
+    load_cuda_libraries()
+    load_cuda_libraries.cache_clear()
+
+
+class Session:
+    """A session as on a GPU: it notes what it was made of and what its runs were given."""
+
+    made: list[Session] = []
+    real = onnxruntime.InferenceSession
+
+    def __init__(self, path: str, options: Any, providers: Any) -> None:
+        self.spins = options.get_session_config_entry("session.intra_op.allow_spinning")
+        self.providers, self.runs, self.falls_back = providers, list[Any](), True
+        if CUDA in self.get_providers():
+            sys.stdout.write("*************** EP Error ***************\n")
+        self._session = self.real(path, providers=[CPU])
+        self.made.append(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return [name for name, _ in self.providers]
+
+    def disable_fallback(self) -> None:
+        self.falls_back = False
+
+    def run_with_ort_values(self, outputs: Any, feed: Any, options: Any = None) -> Any:
+        self.runs.append(options)
+        return self._session.run_with_ort_values(outputs, feed, options)
+
+
+def test_on_a_gpu_fp32_is_fp32_and_threads_do_not_spin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    given: list[str] = []
+
+    def placed(array: np.ndarray, device: str) -> onnxruntime.OrtValue:
+        given.append(device)
+        return on_device(array, "cpu")
+
+    monkeypatch.setattr(Session, "made", [])
+    monkeypatch.setattr("serve.engine.has_cuda_driver", lambda: True)
+    monkeypatch.setattr("serve.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("serve.bank.on_device", placed)
+    monkeypatch.setattr("serve.engine.ort.InferenceSession", Session)
+    classifier = Classifier(folder, threads=12)
+    assert classifier.limits.run_cost == 2048  # whatever the threads
+    assert classifier.limits.scores is None
+    monkeypatch.setattr("serve.classifier._LARGE", 0)
+    assert classifier.classify(["good"], "film")[0].label == "positive"
+    model = Session.made[0]
+    assert model.providers == [
+        (CUDA, {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}), (CPU, {})
+    ]  # fmt: skip
+    assert (model.spins, model.falls_back) == ("0", False)
+    assert model.runs == [None]  # its memory is kept
+    assert set(given) == {"cuda"}  # the bank, not the text
+    said = capsys.readouterr()
+    assert said.out == "" and "EP Error" in said.err
 
 
 def test_a_provider_that_was_asked_for_and_does_not_start_is_a_failure(
