@@ -5,7 +5,7 @@
 Both sides take one exact second-order outer step (equations 1 and 2) on the same rows, from the
 same prompt, over the same frozen weights:
 
-- batched: `trainer.meta.outer_gradient`;
+- batched: `trainer.meta.outer_losses`, differentiated;
 - loop: what one would write today with Hugging Face's model and learn2learn's pattern: for each
   task the prompt is cloned, `[prompt; text]` goes through the model as `inputs_embeds`, the support
   loss is differentiated with `create_graph`, the clone takes its step, and the query loss is
@@ -14,7 +14,8 @@ same prompt, over the same frozen weights:
 
 Equal gradients are shown first, in float64 (to 1e-6) and in float32 (to its own rounding, which a
 deep double backward makes larger than that of one forward), then both sides are timed in turn in
-one run; medians are reported. Random weights: time does not depend on their values.
+one run; medians are reported. Random weights: time does not depend on their values. On a GPU, with
+bf16, CUDA graphs and memory: `benchmarks.meta_gpu`.
 """
 
 from __future__ import annotations
@@ -38,16 +39,17 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from serve.cli import guarded
 from serve.files import atomic_write, write_json
-from trainer.meta import ScoreFn, Stages, outer_gradient
+from trainer.meta import Outcome, ScoreFn, Stages, outer_losses, outside_autocast
 from trainer.modes import Params
 from trainer.readout import Batch, class_scores, collate
 from trainer.t5 import FrozenT5
 
 GEOMETRIES = {
-    # v1.0 small and base (Raffel et al. 2020, section 3.1.2), and our compact backbone's
+    # v1.0 small to 3B (Raffel et al. 2020, sections 3.1.2 and 3.7), and one for a try
     "small": {"d_model": 512, "d_ff": 2048, "num_heads": 8, "d_kv": 64, "num_layers": 6},
     "base": {"d_model": 768, "d_ff": 3072, "num_heads": 12, "d_kv": 64, "num_layers": 12},
     "large": {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "d_kv": 64, "num_layers": 24},
+    "xl": {"d_model": 1024, "d_ff": 16384, "num_heads": 32, "d_kv": 128, "num_layers": 24},
     "tiny": {"d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "num_layers": 2},
 }
 DECODER_IDS = (0, 5)  # start and blank; which ids they are does not matter here
@@ -66,18 +68,20 @@ class Setting:
     prompt_tokens: int = 100
 
 
-def make_model(name: str, dtype: torch.dtype) -> T5ForConditionalGeneration:
+def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> T5ForConditionalGeneration:
     """Random weights in a geometry, or `mini` as it ships."""
     if name == "mini":
         from trainer.backbone import load_backbone
 
-        return load_backbone("mini", dtype=dtype).t5.model
+        return load_backbone("mini", dtype=dtype, device=device).t5.model
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=32128, decoder_start_token_id=0, dropout_rate=0.0, **GEOMETRIES[name]
     )
     config._attn_implementation = "eager"  # fused attention has no second derivative
-    return T5ForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+    with torch.device(device):  # drawn there: a CPU takes minutes for three billion
+        model = T5ForConditionalGeneration(config)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def make_rows(setting: Setting, vocabulary: int) -> tuple[list[list[int]], np.ndarray]:
@@ -93,6 +97,11 @@ def make_rows(setting: Setting, vocabulary: int) -> tuple[list[list[int]], np.nd
 def part(rows: list[list[int]], labels: np.ndarray, start: int, count: int) -> Batch:
     """Rows start ... start + count, padded to the longest of them."""
     return collate(rows[start : start + count], labels[start : start + count])
+
+
+def widened(scores: Tensor) -> Tensor:
+    """Half precision to fp32, as a loss wants it."""
+    return scores.float() if scores.dtype == torch.bfloat16 else scores
 
 
 class Batched:
@@ -112,26 +121,40 @@ class Batched:
 
     def _score(self, mode: str) -> ScoreFn:
         def score(params: Params, batch: Batch) -> Tensor:
-            return class_scores(self.t5, mode, params, batch, self.words, self.decoder_ids)
+            own = self._cast(params)
+            return widened(class_scores(self.t5, mode, own, batch, self.words, self.decoder_ids))
 
         return score
 
+    def _cast(self, params: Params) -> Params:
+        """In the weights' type, to which the products would not bring an fp32 prompt by itself."""
+        dtype = self.t5.model.shared.weight.dtype
+        return {name: value.to(dtype) for name, value in params.items()}
+
     def _stages(self) -> Stages | None:
         def constants(params: Params) -> Params:
-            kv, states = self.t5.prefix(params["prompt_embeddings"])
+            kv, states = self.t5.prefix(self._cast(params)["prompt_embeddings"])
             return {"kv": kv, "states": states}
 
         return Stages(constants, self._score("deep")) if self.mode == "prefix" else None
 
+    def losses(self, params: Params, support: Batch, query: Batch) -> tuple[Tensor, Tensor]:
+        """As `trainer.meta.outer_losses`."""
+        return outer_losses(
+            self._score(self.mode), params, support, query, self.setting.tasks,
+            inner_rate=INNER_RATE, stages=self._stages(),
+        )  # fmt: skip
+
     def step(self, prompt: Tensor) -> Tensor:
         """The outer gradient [P, D]."""
-        leaf = prompt.detach().clone().requires_grad_()
-        outer_gradient(
-            self._score(self.mode), {"prompt_embeddings": leaf}, self.support, self.query,
-            self.setting.tasks, inner_rate=INNER_RATE, stages=self._stages(),
-        )  # fmt: skip
-        assert leaf.grad is not None
-        return leaf.grad
+        params = as_leaf(prompt)
+        total, figures = self.losses(params, self.support, self.query)
+        with outside_autocast(total):
+            total.backward()
+        Outcome.of(figures)  # as training reads it
+        gradient = params["prompt_embeddings"].grad
+        assert gradient is not None
+        return gradient
 
 
 class Loop:
@@ -168,6 +191,7 @@ class Loop:
     def loss(self, prompt: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of a task's rows under one prompt [P, D]."""
         rows, count = batch.ids.shape[0], prompt.shape[0]
+        prompt = prompt.to(self.model.dtype)
         text = self.model.shared(batch.ids)
         embedded = torch.cat((prompt[None].expand(rows, -1, -1), text), dim=1)
         keys = torch.cat((torch.ones_like(batch.ids[:, :1]).expand(-1, count), batch.mask), dim=1)
@@ -181,7 +205,8 @@ class Loop:
             use_cache=False,
         ).logits
         assert batch.labels is not None
-        return torch.nn.functional.cross_entropy(logits[:, -1, self.words], batch.labels)
+        scores = widened(logits[:, -1, self.words])
+        return torch.nn.functional.cross_entropy(scores, batch.labels)
 
     def step(self, prompt: Tensor) -> Tensor:
         """The outer gradient [P, D]."""
@@ -196,11 +221,16 @@ class Loop:
 
 
 def make_prompt(model: T5ForConditionalGeneration, tokens: int) -> Tensor:
-    """A prompt [P, D] from the vocabulary."""
+    """A prompt [P, D] from the vocabulary, in fp32 at least."""
     weight = model.shared.weight
     generator = torch.Generator().manual_seed(1)
     chosen = torch.randint(100, weight.shape[0], (tokens,), generator=generator)
-    return weight.detach()[chosen.to(weight.device)].clone()
+    return widened(weight.detach()[chosen.to(weight.device)].clone())
+
+
+def as_leaf(prompt: Tensor) -> Params:
+    """A copy of a prompt, to be trained."""
+    return {"prompt_embeddings": prompt.detach().clone().requires_grad_()}
 
 
 def relative_difference(first: Tensor, second: Tensor) -> float:
@@ -214,7 +244,7 @@ def _norm(layer: T5LayerNorm, hidden: Tensor) -> Tensor:
     return layer.weight * (hidden * scale)
 
 
-def parity(name: str, mode: str, setting: Setting) -> dict[str, float]:
+def parity(name: str, mode: str, setting: Setting, device: str = "cpu") -> dict[str, float]:
     """Relative differences of the gradients, over a few tasks.
 
     transformers' norm takes its mean of squares in float32 whatever it is given, so float64 would
@@ -227,10 +257,11 @@ def parity(name: str, mode: str, setting: Setting) -> dict[str, float]:
     setting = replace(setting, tasks=min(PARITY_TASKS, setting.tasks))
     found: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
     for dtype in (torch.float32, torch.float64):
-        model = make_model(name, dtype)
+        model = make_model(name, dtype, device)
         prompt = make_prompt(model, setting.prompt_tokens)
         with mock.patch.object(T5LayerNorm, "forward", _norm):
-            ours, loop = Batched(model, mode, setting), Loop(model, mode, setting)
+            ours = Batched(model, mode, setting).to(device)
+            loop = Loop(model, mode, setting).to(device)
             found[dtype] = ours.step(prompt), loop.step(prompt)
     return {
         "float64": relative_difference(*found[torch.float64]),
@@ -274,7 +305,7 @@ def operations(side: Callable[[], Any]) -> int:
 
 def measure(name: str, mode: str, setting: Setting, repeats: int, device: str) -> dict[str, Any]:
     """Median seconds of both sides in float32."""
-    model = make_model(name, torch.float32).to(device)  # type: ignore[arg-type]
+    model = make_model(name, torch.float32, device)
     prompt = make_prompt(model, setting.prompt_tokens)
     batched = Batched(model, mode, setting).to(device)
     loop = Loop(model, mode, setting).to(device)
@@ -331,7 +362,7 @@ def main() -> None:
     results = []
     for name in given.geometry:
         for mode in given.modes:
-            check = None if given.no_parity else parity(name, mode, setting)
+            check = None if given.no_parity else parity(name, mode, setting, given.device)
             if check is not None and not equal(check):
                 raise SystemExit(f"{name} {mode}: gradients differ by {check}")
             result = measure(name, mode, setting, given.repeats, given.device)

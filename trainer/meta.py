@@ -17,7 +17,9 @@ the exact second-order gradient in two forwards, without a loop over tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +53,29 @@ class Outcome:
     accuracy: float
     support_loss: float
 
+    @classmethod
+    def of(cls, figures: Tensor) -> Outcome:
+        """The figures [3] of `outer_losses` as numbers; waits for the device, once."""
+        return cls(*figures.tolist())
+
 
 def task_losses(scores: Tensor, labels: Tensor, tasks: int) -> Tensor:
     """Cross-entropy, mean over the rows of each task: [T*M, C], [T*M] -> [T]."""
     losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
     return losses.view(tasks, -1).mean(1)
+
+
+def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where gradients are taken.
+
+    Autocast's type belongs to a thread. A GPU's backward pass runs on one of its own, which takes
+    over that autocast is on, but not that it is for bf16: it would be float16, where a T5
+    overflows. What is differentiated has its types already. A CPU's runs on the caller's thread.
+    """
+    kind = tensor.device.type
+    if kind == "cpu" or not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def adapt(
@@ -88,9 +108,10 @@ def adapt(
         losses = task_losses(score(copies, support), support.labels, tasks)
         first = losses.detach() if first is None else first
         # A task's loss depends on its own copy only, so the gradient of the sum is every task's.
-        gradients = torch.autograd.grad(
-            losses.sum(), list(copies.values()), create_graph=second_order
-        )
+        with outside_autocast(losses):
+            gradients = torch.autograd.grad(
+                losses.sum(), list(copies.values()), create_graph=second_order
+            )
         copies = {
             name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
             for (name, value), grad in zip(copies.items(), gradients, strict=True)
@@ -121,13 +142,14 @@ def adapt_together(
     once = stages.constants(add_group(params))
     copies = {name: value.expand(tasks, *value.shape[1:]) for name, value in once.items()}
     losses = task_losses(stages.score(copies, support), support.labels, tasks)
-    reached = torch.autograd.grad(
-        losses.sum(), list(copies.values()), create_graph=second_order
-    )  # [T, ...]
-    gradients = torch.autograd.grad(
-        list(once.values()), list(params.values()), [value[:, None] for value in reached],
-        is_grads_batched=True, create_graph=second_order,
-    )  # fmt: skip
+    with outside_autocast(losses):
+        reached = torch.autograd.grad(
+            losses.sum(), list(copies.values()), create_graph=second_order
+        )  # [T, ...]
+        gradients = torch.autograd.grad(
+            list(once.values()), list(params.values()), [value[:, None] for value in reached],
+            is_grads_batched=True, create_graph=second_order,
+        )  # fmt: skip
     adapted = {
         name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
         for (name, value), grad in zip(params.items(), gradients, strict=True)
@@ -135,7 +157,7 @@ def adapt_together(
     return adapted, losses.detach()
 
 
-def outer_gradient(
+def outer_losses(
     score: ScoreFn,
     params: Params,
     support: Batch,
@@ -146,8 +168,8 @@ def outer_gradient(
     inner_steps: int = 1,
     second_order: bool = True,
     stages: Stages | None = None,
-) -> Outcome:
-    """Equation 2: add the gradient of the summed query losses to `.grad` of the parameters.
+) -> tuple[Tensor, Tensor]:
+    """Equation 2 before it is differentiated; nothing in it waits for the device.
 
     Args:
         params: leaf tensors without a task axis.
@@ -155,6 +177,10 @@ def outer_gradient(
         tasks: T.
         inner_rate: as for `adapt`; tensors that require gradients get theirs as well.
         stages: `score` in two stages, if it has them: the same gradient with less work.
+
+    Returns:
+        The summed query losses [], to be differentiated, and figures [3]: query loss, accuracy and
+        support loss, means per row.
     """
     assert query.labels is not None
     if stages is None:
@@ -173,9 +199,28 @@ def outer_gradient(
             )  # fmt: skip
     scores = score(adapted, query)
     losses = task_losses(scores, query.labels, tasks)
-    losses.sum().backward()
     accuracy = (scores.argmax(-1) == query.labels).float().mean()
-    return Outcome(float(losses.detach().mean()), float(accuracy), float(support_losses.mean()))
+    figures = (losses.detach().mean(), accuracy, support_losses.mean())
+    return losses.sum(), torch.stack([figure.to(losses.dtype) for figure in figures])
+
+
+def outer_gradient(
+    score: ScoreFn,
+    params: Params,
+    support: Batch,
+    query: Batch,
+    tasks: int,
+    **options: Any,
+) -> Outcome:
+    """Equation 2: add the gradient of the summed query losses to `.grad` of the parameters.
+
+    Args:
+        options: and the rest, as for `outer_losses`.
+    """
+    total, figures = outer_losses(score, params, support, query, tasks, **options)
+    with outside_autocast(total):
+        total.backward()
+    return Outcome.of(figures)
 
 
 class TaskSampler:

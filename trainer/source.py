@@ -14,15 +14,16 @@ import torch
 from serve.errors import UserError
 from trainer.backbone import Backbone
 from trainer.configs import MetaConfig, PretrainConfig
+from trainer.graphs import OuterGraphs
 from trainer.initial import initial_params
 from trainer.labels import as_index, class_codes, class_names, find_labels, scale_order
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Score, check_rate
-from trainer.meta import TaskSampler, adapt, outer_gradient, task_losses
+from trainer.meta import Outcome, TaskSampler, adapt, outer_losses, task_losses
 from trainer.modes import Params, add_group
 from trainer.options import checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import Prompt, TaskRecord, save_prompt
-from trainer.readout import Batch
+from trainer.readout import Batch, collate
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
@@ -174,7 +175,9 @@ def meta_train(
     rates = InnerRates(params, alpha, learned=config.learn_rates)
     trained = {**params, **rates.trained}
     # Stages take batched gradients, which sums over processes have no rule for.
-    stages = scorer.stages() if workers().shards.count == 1 else None
+    whole = workers().shards.count == 1
+    stages = scorer.stages() if whole else None
+    graphs = OuterGraphs(trained, enabled=whole)
 
     def gradient(step: int) -> dict[str, float]:
         team = workers()
@@ -186,11 +189,19 @@ def meta_train(
                 part.reshape(sampler.tasks, -1)[mine].ravel()
                 for part in sampler.draw(config.seed, step)
             )
-            outcome = outer_gradient(
-                scorer, params, rows.batch(support), rows.batch(query), len(mine),
-                inner_rate=rates.now(), inner_steps=config.inner_steps, stages=stages,
-                second_order=config.order == "second" and step >= config.first_order_steps,
-            )  # fmt: skip
+            second = config.order == "second" and step >= config.first_order_steps
+
+            def losses(support: Batch, query: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+                return outer_losses(
+                    scorer, params, support, query, len(mine),
+                    inner_rate=rates.now(), inner_steps=config.inner_steps, stages=stages,
+                    second_order=second,
+                )  # fmt: skip
+
+            drawn = (
+                collate([rows.ids[i] for i in part], rows.labels[part]) for part in (support, query)
+            )
+            outcome = Outcome.of(graphs.step(losses, *drawn, kind=second))
             share = len(mine) / sampler.tasks
             measured = {
                 "loss": share * outcome.loss,

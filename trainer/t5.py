@@ -16,6 +16,9 @@ K width of a head, L encoder layers, Q decoder positions, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +44,18 @@ class Segment:
 
 # Below this share of padding, moving rows costs what it saves.
 _WORTH_PACKING = 0.05
+_packs = ContextVar("packs", default=True)
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Within, padding is computed along: every size then follows from the batch's shape alone, and
+    nobody has to wait until the device has counted its tokens."""
+    before = _packs.set(False)
+    try:
+        yield
+    finally:
+        _packs.reset(before)
 
 
 class Packing:
@@ -59,8 +74,8 @@ class Packing:
 
     @staticmethod
     def of(mask: Tensor | None) -> Packing | None:
-        """None where there is too little padding to be worth it."""
-        if mask is None:
+        """None where there is too little padding to be worth it, or within `unpacked`."""
+        if mask is None or not _packs.get():
             return None
         packing = Packing(mask)
         worth = len(packing.tokens) < (1 - _WORTH_PACKING) * mask.numel()
