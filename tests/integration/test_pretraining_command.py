@@ -174,6 +174,18 @@ def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(
     assert done.returncode == 0, done.stderr
     voted = load_file(tmp_path / "shards" / "reviews.safetensors")["degrees"]
     assert voted.shape == judged.shape and (voted != judged).any()
+    # Of two judges the first is the one that was there, and both have a say.
+    two = (*flags, "--judges", "2", "--judge-tokens", "64")
+    other = backbone(data, tmp_path, "--steps", "3", "--resume", *two)
+    assert other.returncode == 2 and "another number of judges" in other.stderr
+    done = backbone(data, tmp_path, "--prepare", "--workers", "2", *two)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "judge" / "judge.safetensors").stat().st_mtime_ns == made
+    first, second = (load_file(tmp_path / name / "judge.safetensors") for name in
+                     ("judge", "judge-2"))  # fmt: skip
+    assert any((first[key] != second[key]).any() for key in first)
+    both = load_file(tmp_path / "shards" / "reviews.safetensors")["degrees"]
+    assert both.shape == judged.shape and (both != judged).any()
 
 
 def make_bert(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
+from trainer.pretraining.loading import source, usual_loaders
 from trainer.pretraining.losses import Auxiliary, batch_loss
 from trainer.pretraining.mixture import Batch, Mixture
 from trainer.pretraining.model import new_model, save_backbone
@@ -62,14 +63,14 @@ def setting(tokenizer: Tokenizer) -> tuple[FrozenT5, Auxiliary, Mixture]:
 SCHEDULE = Schedule(rate=1e-3, steps=8, warmup=2, fresh_warmup=2)
 
 
-def run(tokenizer: Tokenizer, folder: Path, workers: int, stops: list[int | None]
-        ) -> dict[str, torch.Tensor]:  # fmt: skip
+def run(tokenizer: Tokenizer, folder: Path, workers: int, stops: list[int | None],
+        loaders: int | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Train with an interruption after each number of `stops`; fresh objects every time."""
     folder.mkdir()
     for number, stop in enumerate(stops):
         t5, auxiliary, mixture = setting(tokenizer)
         train(t5, auxiliary, mixture, None, SCHEDULE, folder, resume=number > 0, workers=workers,
-              stop_after=stop)  # fmt: skip
+              stop_after=stop, loaders=loaders)  # fmt: skip
     return {**t5.model.state_dict(), **auxiliary.state_dict()}
 
 
@@ -83,6 +84,30 @@ def test_resume_equals_uninterrupted_run(tokenizer: Tokenizer, tmp_path: Path) -
     fewer = run(tokenizer, tmp_path / "c", 1, [5])
     assert same(whole, parts)
     assert not same(whole, fewer)
+
+
+def test_batches_made_ahead_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = run(tokenizer, tmp_path / "a", 1, [None])
+    ahead = run(tokenizer, tmp_path / "b", 1, [3, None], loaders=2)
+    assert same(whole, ahead)
+
+
+def test_batches_made_ahead_are_asked_for_in_order(tokenizer: Tokenizer) -> None:
+    *_, mixture = setting(tokenizer)
+    take = source(mixture, lambda done: SHARES, first=4, rank=1, count=2, loaders=1)
+    for step in (4, 5):
+        wanted = mixture.batch(2 * step + 1, SHARES)
+        assert torch.equal(take(step, 0.0).ids, wanted.ids)
+    with pytest.raises(ValueError, match="6 is next"):
+        take(5, 0.0)
+
+
+def test_on_a_cpu_nothing_makes_batches_ahead_but_on_a_gpu_the_other_cores_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    assert usual_loaders(torch.device("cpu")) == 0
+    assert usual_loaders(torch.device("cuda")) == 4
 
 
 def test_gradient_of_processes_is_the_mean_of_their_batches(

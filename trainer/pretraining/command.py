@@ -24,14 +24,14 @@ from trainer.parallel import workers as processes
 from trainer.pretraining.config import KINDS, BackboneConfig
 from trainer.pretraining.convert import convert
 from trainer.pretraining.evaluate import Probe, read_probes, track
-from trainer.pretraining.judge import HEAD, JudgeSchedule
+from trainer.pretraining.judge import HEAD, Document, Judge, JudgeSchedule
 from trainer.pretraining.judging import documents, load_judge, save_judge, train_judge, verdicts
 from trainer.pretraining.losses import Auxiliary
 from trainer.pretraining.mixture import Mixture, SoftTask, pad
 from trainer.pretraining.model import new_model, save_backbone
 from trainer.pretraining.recipe import Plain, Recipe, load_recipe
 from trainer.pretraining.rows import read_rows
-from trainer.pretraining.shards import Pool, Verdicts, load_pools, prepare
+from trainer.pretraining.shards import Pool, Verdicts, add_pool, load_pools, prepare
 from trainer.pretraining.start import (
     named_folder,
     prompt_key,
@@ -41,6 +41,7 @@ from trainer.pretraining.start import (
 from trainer.pretraining.state import Progress
 from trainer.pretraining.teacher import Teacher, load_teacher, read_bert
 from trainer.pretraining.texts import HeldOut
+from trainer.pretraining.topics import Topics, make_topics, save_names
 from trainer.pretraining.train import Schedule, initial_prompts, train
 from trainer.pretraining.vocabulary import (
     SENTINELS,
@@ -60,7 +61,8 @@ from trainer.tables import decoded_lines
 logger = logging.getLogger(__name__)
 _PREPARED = "prepared.json"  # in the folder of the shards
 PROMPT_TOKENS = 100  # vectors of a learned soft prompt: the paper's length
-_OTHER = {"vocab_size": "another vocab size", "voters": "other voters", "text": "other text"}
+_OTHER = {"vocab_size": "another vocab size", "voters": "other voters", "text": "other text",
+          "judges": "another number of judges", "topics": "another number of topics"}  # fmt: skip
 # Flags that a run is resumed with as it was begun; --steps and --minutes may grow.
 _SAME = ("seed", "batch_tokens", "rate", "width", "layers", "decoder_layers", "heads",
          "feed_forward", "vocab_size", "convert", "start", "without")  # fmt: skip
@@ -90,19 +92,22 @@ def run_backbone(config: BackboneConfig) -> None:
     pools = load_pools(shards)
     device = team.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = None if config.teacher == "none" else load_teacher(_teacher(config), tokenizer)
-    mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed)
+    topics = Topics.load(pools, shards, tokenizer) if config.topics else None
+    mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed, topics=topics)
     run = out.with_name(out.name + ".run")
     run.mkdir(parents=True, exist_ok=True)
     if (run / "state.safetensors").exists() and not config.resume:
         raise UserError(f"{run} holds a checkpoint: pass --resume, or remove it to start afresh")
     model = start_model(config, tokenizer, teacher, pools)
-    words = sorted({mixture.asker.ids(word)[0] for word in label_words()})
+    words = {mixture.asker.ids(word)[0] for word in label_words()} | (
+        topics.words if topics else set()
+    )
     prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight,
                               PROMPT_TOKENS, config.seed)  # fmt: skip
     if config.start:
         count = take_up_prompts(prompts, mixture.tasks, Path(config.start))
         logger.info("going on from %s with %d of its soft prompts", config.start, count)
-    auxiliary = Auxiliary(prompts, model.config.d_model, torch.tensor(words)).to(device)
+    auxiliary = Auxiliary(prompts, model.config.d_model, torch.tensor(sorted(words))).to(device)
     model.to(device)  # type: ignore[arg-type]
     t5 = FrozenT5(model, trainable=True)
     # Where nothing is converted, nothing is spared; of what goes on, only the heads are fresh.
@@ -150,7 +155,7 @@ def _train(config: BackboneConfig, t5: FrozenT5, auxiliary: Auxiliary, mixture: 
         train(t5, auxiliary, mixture, teacher, schedule, run, resume=config.resume,
               checkpoint_seconds=config.checkpoint_seconds, report=report,
               track=watch if probes else None, workers=workers,
-              half=_half(config),
+              half=_half(config), loaders=None if config.loaders < 0 else config.loaders,
               settings={**{name: getattr(config, name) for name in _SAME},
                         "tokenizer": _vocabulary(config)})  # fmt: skip
 
@@ -262,34 +267,69 @@ def _prepare(config: BackboneConfig, shards: Path) -> None:
     (shards / _PREPARED).unlink(missing_ok=True)
     save_tokenizer(tokenizer, shards)
     prepare(recipe, tokenizer, shards, config.seed, judge)
+    if _topics(config):
+        _add_topics(config, shards, tokenizer)
     write_json(shards / _PREPARED, _request(config))
 
 
+def _topics(config: BackboneConfig) -> int:
+    """Clusters that are made: none without an encoder to embed texts with."""
+    return config.topics if config.teacher != "none" else 0
+
+
+def _add_topics(config: BackboneConfig, shards: Path, tokenizer: Tokenizer) -> None:
+    # By the encoder that the judge came from: the judge's own brings opinions together.
+    teacher = load_teacher(Path(config.teacher), tokenizer)
+    if torch.cuda.is_available():
+        teacher.cuda()
+    pool, names = make_topics(load_pools(shards), teacher, tokenizer, config.topics, config.seed,
+                              _half(config))  # fmt: skip
+    save_names(names, shards)
+    add_pool(pool, shards)
+
+
 def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
-    """The judge of --judge, trained first where its folder does not exist."""
-    folder = Path(config.judge)
+    """The judge of --judge, or the mean of --judges, each trained first where its folder does not
+    exist."""
     workers = 1 if torch.cuda.is_available() else config.workers
     if workers > 1:
         torch.set_num_threads(1)
-    if not (folder / HEAD).is_file():
-        judge, tokenizer = load_judge(Path(config.teacher))
-        if torch.cuda.is_available():
-            judge.cuda()
-        held_out = HeldOut.read(recipe.held_out)
-        given = documents(recipe, held_out, tokenizer, config.seed)
+    folders = judge_folders(config)
+    given: list[Document] = []
+    for number, folder in enumerate(folders):
+        if (folder / HEAD).is_file():
+            continue
+        judge, tokenizer = _on_device(Path(config.teacher))
+        if not given:
+            held_out = HeldOut.read(recipe.held_out)
+            given = documents(recipe, held_out, tokenizer, config.seed)
+        schedule = JudgeSchedule(epochs=config.judge_epochs, tokens=config.judge_tokens,
+                                 rate=config.judge_rate)  # fmt: skip
         checkpoint = folder.with_name(folder.name + ".run") / "state.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        train_judge(judge, given, JudgeSchedule(), config.seed, workers, checkpoint,
+        train_judge(judge, given, schedule, config.seed + number, workers, checkpoint,
                     resume=config.resume and checkpoint.is_file(), half=_half(config))  # fmt: skip
         save_judge(judge, tokenizer, folder)
-    judge, tokenizer = load_judge(folder)
-    if torch.cuda.is_available():
-        judge.cuda()
+    judges = [_on_device(folder) for folder in folders]
 
     def judged(texts: list[str]) -> np.ndarray:
-        return verdicts(judge, tokenizer, texts, workers, _half(config))
+        found = [verdicts(judge, tokenizer, texts, workers, _half(config))
+                 for judge, tokenizer in judges]  # fmt: skip
+        return np.mean(found, 0)
 
     return with_votes(judged, config.voters, workers, _half(config)) if config.voters else judged
+
+
+def judge_folders(config: BackboneConfig) -> list[Path]:
+    """FOLDER of --judge, FOLDER-2, FOLDER-3, ...: one for each of --judges."""
+    folder = Path(config.judge)
+    return [folder, *(folder.with_name(f"{folder.name}-{number}")
+                      for number in range(2, config.judges + 1))]  # fmt: skip
+
+
+def _on_device(folder: Path) -> tuple[Judge, Tokenizer]:
+    judge, tokenizer = load_judge(folder)
+    return (judge.cuda() if torch.cuda.is_available() else judge), tokenizer
 
 
 def _half(config: BackboneConfig) -> bool | None:
@@ -306,6 +346,8 @@ def _request(config: BackboneConfig) -> dict[str, Any]:
         "start": sha256(Path(config.start) / "tokenizer.json") if config.start else None,
         "teacher": config.teacher != "none",
         "judge": bool(config.judge),
+        "judges": config.judges if config.judge else 1,
+        "topics": _topics(config),
         "voters": [weights_hash(Path(v)) for v in config.voters],
         "seed": config.seed,
     }
@@ -320,7 +362,7 @@ def _check_prepared(config: BackboneConfig, shards: Path) -> None:
     """Raises: UserError for shards of another recipe or of other flags."""
     path = shards / _PREPARED
     asked = _request(config)
-    made = {"voters": [], **read_json(path)} if path.is_file() else {}
+    made = {"voters": [], "judges": 1, "topics": 0, **read_json(path)} if path.is_file() else {}
     if other := [name for name in asked if made.get(name) != asked[name]]:
         raise UserError(
             f"--shards {shards} were prepared with {_OTHER.get(other[0], 'another ' + other[0])}: "

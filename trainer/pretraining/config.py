@@ -30,6 +30,17 @@ class BackboneConfig:
     judge: str = option("", help="folder of a judge of sentences: trained there from --teacher on "
                         "the labels of whole reviews if it does not exist; it then labels the "
                         "sentences and is the teacher")  # fmt: skip
+    judges: int = option(1, help="train so many, from other seeds, and take the mean of their "
+                         "verdicts; the others lie beside --judge, as FOLDER-2, FOLDER-3, ...",
+                         minimum=1)  # fmt: skip
+    judge_epochs: float = option(0.5, help="how often a judge reads all documents; more "
+                                 "where a GPU makes it cheap", minimum=0.001)  # fmt: skip
+    judge_tokens: int = option(4096, help="pieces in a worker's batch of a judge; 16384 on a GPU",
+                               minimum=64)  # fmt: skip
+    judge_rate: float = option(1.5e-4, help="AdamW's peak rate for a judge's encoder", minimum=0.0)
+    topics: int = option(240, help="clusters of plain text and of reviews, whose telling words are "
+                         "the answers to questions about topics; 0: none; needs --teacher",
+                         minimum=0)  # fmt: skip
     start: str = option("", help="folder of a backbone that this command made, or `mini`, which "
                         "ships, to go on from: its vocabulary, geometry, weights and soft prompts "
                         "hold; give another --seed, or the same texts are drawn again")  # fmt: skip
@@ -57,6 +68,9 @@ class BackboneConfig:
     seed: int = option(1, help="of initialisation and data order", minimum=0)
     workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
                           "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
+    loaders: int = option(-1, help="processes that make batches beside a lone worker; -1: "
+                          "none on a CPU, on a GPU one for every other core, at most 8",
+                          minimum=-1)  # fmt: skip
     precision: str = option("auto", choices=["auto", "fp32", "bf16"], help="of the products; auto: "
                             "bf16 where the processor multiplies it (GPU, AMX)")  # fmt: skip
     checkpoint_seconds: float = option(120.0, help="time between checkpoints", minimum=1.0)

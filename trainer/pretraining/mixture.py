@@ -9,6 +9,7 @@ Kinds of batch:
 """
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor
 from serve.errors import UserError
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL, corrupt
 from trainer.pretraining.shards import Pool
-from trainer.pretraining.wordings import QUESTIONS, SENTINEL, TEMPLATE, Question
+from trainer.pretraining.topics import NAME, Topics
+from trainer.pretraining.wordings import ABOUT, QUESTIONS, SENTINEL, TEMPLATE, Question
 
 BANDS = (8, 12, 16, 20, 26, 34, 48)  # tokens of a text; a batch takes one band, +- 25 %
 BAND_SHARES = (0.13, 0.16, 0.2, 0.2, 0.15, 0.1, 0.06)
@@ -29,6 +31,8 @@ GROUPS = 8  # soft prompts in one batch
 SILENT = 0.45  # share of them that are random pieces: a prompt tuned from there starts as well as
 # the template alone
 OPINIONS = ("polarity", "tone", "star")
+ASKED_TOPICS = 0.25  # share of questions about topics among those in words,
+SILENT_TOPICS = 0.4  # and of soft prompts that are random pieces
 ASPECTS = 0.15  # share of opinion texts with a few of their own words in front, as an aspect
 PLAIN_TEMPLATE = 0.3  # share of rows of kind `words` that have the template and any label words
 PROMPT_LENGTHS = (20, 20, 20, 10, 50, 100)  # how many of a soft prompt's vectors a batch uses
@@ -74,6 +78,8 @@ class Asker:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.template = self.wording(TEMPLATE, ("terrible", "great"))
+        self.about = [self._parts(pattern) for pattern in ABOUT]
+        self.comma, self.either = self.ids(","), self.ids("or")
         self.wordings = {q.name: self._all(q) for q in QUESTIONS}
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -88,6 +94,24 @@ class Asker:
         before, after = pattern.replace("{words}", text).split("{text}")
         assert SENTINEL in before + after
         return Wording(self.ids(before), self.ids(after), tuple(self.ids(w)[0] for w in words))
+
+    def _parts(self, pattern: str) -> list[str | tuple[int, ...]]:
+        """A pattern cut at its slots, which stay as they are, what is between them as ids."""
+        parts = re.split(r"(\{text\}|\{words\})", pattern)
+        return [p if p.startswith("{") else self.ids(p) for p in parts if p]
+
+    def about_wording(self, number: int, words: tuple[int, ...]) -> Wording:
+        """Wording `number` of ABOUT with label words given by their ids."""
+        listed = [i for word in words[:-1] for i in (word, *self.comma)][: -len(self.comma)]
+        listed += [*self.either, words[-1]]
+        sides: list[list[int]] = [[]]
+        for part in self.about[number]:
+            if part == "{text}":
+                sides.append([])
+            else:
+                sides[-1] += listed if isinstance(part, str) else part
+        before, after = sides
+        return Wording(tuple(before), tuple(after), words)
 
     def _all(self, question: Question) -> list[Wording]:
         fixed = [self.wording(pattern, words) for pattern, words in question.fixed]
@@ -126,11 +150,14 @@ def soft_tasks(asker: Asker) -> list[SoftTask]:
 
 
 class Mixture:
-    """Draws batches. shares: kind -> probability; tokens: about how many a batch holds."""
+    """Draws batches. shares: kind -> probability; tokens: about how many a batch holds; topics:
+    None asks no questions about them."""
 
     def __init__(self, pools: dict[str, Pool], tokenizer: Tokenizer, tokens: int, seed: int,
-                 rate: float = 0.15, mean_span: float = 3.0) -> None:  # fmt: skip
-        self.pools, self.tokens, self.seed = pools, tokens, seed
+                 rate: float = 0.15, mean_span: float = 3.0, topics: Topics | None = None
+                 ) -> None:  # fmt: skip
+        self.pools = {name: pool for name, pool in pools.items() if name != NAME}
+        self.tokens, self.seed, self.topics = tokens, seed, topics
         self.rate, self.mean_span = rate, mean_span
         self.asker = Asker(tokenizer)
         self.size = tokenizer.get_vocab_size()
@@ -198,7 +225,7 @@ class Mixture:
             text = np.concatenate([text[start : start + size], self.colon, text])
         if column in OPINIONS and pool.degrees is not None:
             return text.tolist(), answers_of(column, pool.degrees[row] / 255)
-        return text.tolist(), tuple(float(i == c) for i in range(self.classes[column]))
+        return text.tolist(), _one_hot(c, self.classes[column])
 
     def _question(self, band: int, rng: np.random.Generator) -> Question:
         able = [
@@ -227,6 +254,15 @@ class Mixture:
         rows, classes, columns, words, targets = [], [], [], [], []
         restricted = np.zeros(count, bool)
         for row in range(count):
+            if kind != "distil" and self.topics is not None and rng.random() < ASKED_TOPICS:
+                c, wording, text = self._topic(self.topics, band, rng)
+                rows.append([*wording.before, *text, *wording.after, EOS])
+                targets.append(_one_hot(c, len(wording.words)))
+                classes.append(c)
+                columns.append("topic")
+                words.append(wording.words)
+                restricted[row] = True
+                continue
             question = QUESTIONS[0] if kind == "distil" else self._question(band, rng)
             if kind == "distil":
                 wording = self.asker.template
@@ -248,6 +284,16 @@ class Mixture:
         batch.restricted = torch.from_numpy(restricted)
         return batch
 
+    def _topic(self, topics: Topics, band: int, rng: np.random.Generator
+               ) -> tuple[int, Wording, list[int]]:  # fmt: skip
+        """The class, the wording and a text of a question with label words of its own. The words
+        are not in the text where others are to be had."""
+        clusters = topics.choices(rng)
+        c = int(rng.integers(len(clusters)))
+        text = topics.text(clusters[c], band, rng)
+        words = tuple(topics.name(cluster, rng, text) for cluster in clusters)
+        return c, self.asker.about_wording(int(rng.integers(len(ABOUT))), words), text
+
     def _opinion(self, rng: np.random.Generator) -> SoftTask:
         """A label-word set whose meaning fits the template: what a user would ask."""
         tasks = [
@@ -266,13 +312,28 @@ class Mixture:
         per_group = max(2, self.tokens // own // GROUPS)
         rows, classes, columns, words = [], [], [], []
         tasks, targets = [], []
-        after = self.asker.template.after
         random = np.zeros((GROUPS, length), np.int64)
         for group in range(GROUPS):
+            after = self.asker.template.after
             question = self._question(band, rng)
             options = self.tasks_of[question.name]
             task = options[rng.integers(len(options))]
             silent = rng.random() < SILENT
+            if silent and self.topics is not None and rng.random() < SILENT_TOPICS:
+                random[group] = rng.integers(FIRST_PIECE, FIRST_PIECE + 5000, length) % self.size
+                tasks.append(-1)
+                clusters = self.topics.choices(rng)
+                names = tuple(self.topics.name(cluster, rng) for cluster in clusters)
+                # The first two of ABOUT are templates that a task would have.
+                after = self.asker.about_wording(int(rng.integers(2)), names).after
+                for _ in range(per_group):
+                    c = int(rng.integers(len(clusters)))
+                    rows.append([*self.topics.text(clusters[c], band, rng), *after, EOS])
+                    targets.append(_one_hot(c, len(names)))
+                    classes.append(c)
+                    columns.append("topic")
+                    words.append(names)
+                continue
             if silent:
                 task = self._opinion(rng)
                 question = task.question
@@ -324,6 +385,10 @@ class Mixture:
         table = torch.tensor([[*w, *[-1] * (width - len(w))] for w in words])
         wanted = torch.tensor([[*t, *[0.0] * (width - len(t))] for t in targets])
         return Batch(kind, ids, mask, torch.tensor(classes), columns, table, wanted)
+
+
+def _one_hot(c: int, size: int) -> tuple[float, ...]:
+    return tuple(float(i == c) for i in range(size))
 
 
 def answers_of(column: str, degrees: np.ndarray) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -38,6 +39,7 @@ AGREES, AGAINST = 1.3, 0.3
 CLEAR, VAGUE = 0.8, 0.6  # polarity: the share of a side without neutral; the most that is neutral
 SURE = 0.6  # of three: probability from which a text has a tone
 SURE_STAR = 0.4  # of five
+_INDEX = "pools.json"
 JUDGED, JUDGED_SHARE = 5, 0.6  # sentences of an unlabelled document; share of their pool
 
 Verdicts = Callable[[list[str]], np.ndarray]  # texts -> probabilities of the five degrees [N, 5]
@@ -260,25 +262,38 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, seed: int,
     if judge is not None and (unlabelled := [entry for entry in recipe.plain if entry.judged]):
         pools.append(judged_pool(unlabelled, tokenizer, held_out, judge, seed))
     pools += plain_pools(recipe.plain, tokenizer, held_out, seed)
-    index = []
-    for pool in pools:
-        tensors = {"tokens": pool.tokens, "offsets": pool.offsets, **pool.columns}
-        if pool.degrees is not None:
-            tensors["degrees"] = pool.degrees
-        with atomic_write(folder / f"{pool.name}.safetensors") as path:
-            save_file(tensors, path)
-        counts = {c: np.bincount(v[v >= 0]).tolist() for c, v in pool.columns.items()
-                  if (v >= 0).any()}  # fmt: skip
-        logger.info("%s: %d texts, %d tokens, %s", pool.name, len(pool), len(pool.tokens), counts)
-        index.append({"name": pool.name, "share": pool.share, "texts": len(pool),
-                      "tokens": len(pool.tokens), "classes": counts})  # fmt: skip
-    with atomic_write(folder / "pools.json") as path:
+    _write_index([_write_pool(pool, folder) for pool in pools], folder)
+
+
+def _write_pool(pool: Pool, folder: Path) -> dict[str, Any]:
+    """Write a pool; returns its entry in the index."""
+    tensors = {"tokens": pool.tokens, "offsets": pool.offsets, **pool.columns}
+    if pool.degrees is not None:
+        tensors["degrees"] = pool.degrees
+    with atomic_write(folder / f"{pool.name}.safetensors") as path:
+        save_file(tensors, path)
+    counts = {c: np.bincount(v[v >= 0]).tolist() for c, v in pool.columns.items()
+              if (v >= 0).any()}  # fmt: skip
+    logger.info("%s: %d texts, %d tokens, %s", pool.name, len(pool), len(pool.tokens), counts)
+    return {"name": pool.name, "share": pool.share, "texts": len(pool),
+            "tokens": len(pool.tokens), "classes": counts}  # fmt: skip
+
+
+def _write_index(index: list[dict[str, Any]], folder: Path) -> None:
+    with atomic_write(folder / _INDEX) as path:
         path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def add_pool(pool: Pool, folder: Path) -> None:
+    """A pool more, or another in place of one of that name, for shards that are there."""
+    index = [entry for entry in json.loads((folder / _INDEX).read_text("utf-8"))
+             if entry["name"] != pool.name]  # fmt: skip
+    _write_index([*index, _write_pool(pool, folder)], folder)
 
 
 def load_pools(folder: Path) -> dict[str, Pool]:
     """Read what `prepare` wrote; UserError if it is not there."""
-    path = folder / "pools.json"
+    path = folder / _INDEX
     if not path.is_file():
         raise UserError(f"{path} is missing: run the backbone command with --prepare first")
     pools = {}

@@ -30,10 +30,7 @@ class Teacher(nn.Module):
         unit variance in D), aligned with `ids`, and where asked the L score tensors
         [B, H, S, S] before the softmax.
         """
-        rows = ids.shape[0]
-        theirs = self.table[ids]  # type: ignore[index]
-        theirs = torch.cat([theirs.new_full((rows, 1), self.cls), theirs], 1)
-        whole = torch.cat([mask.new_ones(rows, 1), mask], 1)
+        theirs, whole = self._theirs(ids, mask)
         scores: list[Tensor] = []
         states: list[Tensor] = []
         norms = [self.bert.embeddings.LayerNorm]
@@ -52,6 +49,21 @@ class Teacher(nn.Module):
             for handle in handles:
                 handle.remove()
         return [state[:, 1:] for state in states], [score[:, :, 1:, 1:] for score in scores]
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Sentence embeddings [B, D] of unit length, the mean of the last states; as `forward`."""
+        theirs, whole = self._theirs(ids, mask)
+        states = self.bert(input_ids=theirs, attention_mask=whole).last_hidden_state
+        mean = (states * whole[..., None]).sum(1) / whole.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(mean.float(), dim=-1)
+
+    def _theirs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The same texts in the teacher's ids, with [CLS] in front: ids and mask [B, S + 1]."""
+        rows = ids.shape[0]
+        theirs = self.table[ids]  # type: ignore[index]
+        theirs = torch.cat([theirs.new_full((rows, 1), self.cls), theirs], 1)
+        return theirs, torch.cat([mask.new_ones(rows, 1), mask], 1)
 
 
 def plain(hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.cpu import half_precision
 from trainer.parallel import workers as launched
 from trainer.pretraining.config import KINDS
+from trainer.pretraining.loading import Source, source, usual_loaders
 from trainer.pretraining.losses import Auxiliary, batch_loss
 from trainer.pretraining.mixture import Batch, Mixture, SoftTask
 from trainer.pretraining.parallel import make_team
@@ -118,10 +119,13 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
           checkpoint_seconds: float = 120.0, report: Callable[[Progress, dict], None] | None = None,
           track: Callable[[Progress], None] | None = None, track_seconds: float = 600.0,
           workers: int = 1, stop_after: int | None = None, half: bool | None = None,
-          settings: dict[str, Any] | None = None) -> Progress:  # fmt: skip
+          loaders: int | None = None, settings: dict[str, Any] | None = None
+          ) -> Progress:  # fmt: skip
     """Train until the schedule ends (or, for tests, `stop_after` steps); returns the progress.
 
     half: products in bf16; None: where the device multiplies it.
+    loaders: processes that make batches ahead, for each process of training; None: what the device
+    needs (`usual_loaders`).
     settings: of the run; a checkpoint of others is refused. The number of processes is added.
 
     Writes `state.safetensors` every `checkpoint_seconds` and `log.jsonl` to `folder`.
@@ -134,8 +138,19 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
         half = half_precision(device) or launched().precision == "bf16"
     modules: dict[str, nn.Module] = {"model": t5.model, "auxiliary": auxiliary}
 
+    if loaders is None:
+        loaders = usual_loaders(device)
+    if workers > 1:  # they share the cores already, and cannot have processes of their own
+        loaders = 0
+    steps = None if schedule.minutes else schedule.steps
+    exact = (lambda step: min(step / steps, 1.0)) if steps else None
+    sources: dict[int, Source] = {}  # of this process: a forked worker makes its own
+
     def compute(rank: int, step: int, done: float) -> list[float]:
-        batch = to_device(mixture.batch(step * count + rank, schedule.shares(done)), device)
+        if rank not in sources:
+            sources[rank] = source(mixture, schedule.shares, first=step, rank=rank, count=count,
+                                   loaders=loaders, done=exact)  # fmt: skip
+        batch = to_device(sources[rank](step, done), device)
         distil_weight = schedule.distil_weight * (1.0 if done < schedule.first else 0.5)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             result = batch_loss(t5, auxiliary, batch, teacher, schedule.aux_weight, distil_weight)

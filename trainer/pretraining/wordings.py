@@ -64,7 +64,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         name="polarity",
         column="polarity",
-        weight=0.50,
+        weight=0.44,
         words=(
             ("terrible", "great"),
             ("negative", "positive"),
@@ -118,7 +118,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         name="tone",
         column="tone",
-        weight=0.20,
+        weight=0.22,
         words=(
             ("negative", "neutral", "positive"),
             ("terrible", "okay", "great"),
@@ -138,7 +138,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         name="stars",
         column="star",
-        weight=0.13,
+        weight=0.17,
         words=(
             ("terrible", "bad", "okay", "good", "great"),
             ("1", "2", "3", "4", "5"),
@@ -209,6 +209,18 @@ QUESTIONS: tuple[Question, ...] = (
     ),
 )
 
+# What a text is about, among words that clusters of texts are named by (`topics`).
+ABOUT: tuple[str, ...] = (
+    "{text} It was about <extra_id_0>.",
+    TEMPLATE,
+    "{text} This is about <extra_id_0>.",
+    "{text} topic: <extra_id_0>",
+    "<extra_id_0>: {text}",
+    "{text} {words}? <extra_id_0>",
+    "{words}? {text} <extra_id_0>",
+    "choose {words}. text: {text} choice: <extra_id_0>",
+)
+
 # Never trained. polarity: (wording, words); used by the tracking during training.
 HELD_OUT: tuple[tuple[str, tuple[str, str]], ...] = (
     ("{text} to sum up, this is <extra_id_0>.", ("bad", "good")),
@@ -216,6 +228,12 @@ HELD_OUT: tuple[tuple[str, tuple[str, str]], ...] = (
     ("{text} did they enjoy it? <extra_id_0>", ("no", "yes")),
     ("my feelings are <extra_id_0>: {text}", ("negative", "positive")),
 )
+
+
+def opinion_words() -> set[str]:
+    """The label words of questions about opinions."""
+    asked = [q for q in QUESTIONS if q.column in ("polarity", "tone", "star")]
+    return {word for q in asked for group in q.words for word in group}
 
 
 def label_words() -> list[str]:
