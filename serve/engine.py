@@ -104,8 +104,8 @@ def load_cuda_libraries() -> None:
 
 
 def choose_providers(wanted: Sequence[str] | None) -> list[str]:
-    """The execution providers to use: `wanted`, or CUDA where it and a driver are there, and the CPU
-    after it.
+    """The execution providers to use: `wanted`, or CUDA where it is there and has a driver, and the
+    CPU after it.
 
     Raises:
         UserError: a provider is wanted that this onnxruntime does not have.
