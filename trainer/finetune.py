@@ -23,7 +23,7 @@ from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
 from trainer.tensors import digest
-from trainer.tune import draw, epoch_stream, prompt_gradient
+from trainer.tune import draw, epoch_stream, prompt_gradient, warn_of_one_answer
 
 log = logging.getLogger(__name__)
 
@@ -100,3 +100,4 @@ def run_finetune(config: FinetuneConfig) -> None:
         "%s: validation accuracy %.3f after %d steps; model in %s",
         task.name, result["accuracy"], loop.state.step, out,
     )  # fmt: skip
+    warn_of_one_answer(result["accuracy"], held.labels)

@@ -172,6 +172,27 @@ def sample_sizes(rows: int, train: int | None, validation: int | None) -> tuple[
     return train, validation or min(_USUAL, max(1, rows - train))
 
 
+def no_better_than_one_answer(accuracy: float, labels: np.ndarray) -> float | None:
+    """The share of the commonest class of `labels` [N], if `accuracy` is not above it by a standard
+    error of such a share; else None. What is tuned then tells the classes apart hardly, or not."""
+    share = float(np.bincount(labels).max()) / len(labels)
+    close = share + math.sqrt(share * (1 - share) / len(labels))
+    return share if accuracy <= close else None
+
+
+def warn_of_one_answer(accuracy: float, labels: np.ndarray) -> None:
+    """Say so where a result is hardly better than one answer for every text."""
+    share = no_better_than_one_answer(accuracy, labels)
+    if share is not None:
+        log.warning(
+            "%.3f on %d validation samples is hardly more than one answer for every text (%.3f): "
+            "the backbone may not know what is asked. Try label words that name the classes "
+            "(--words), a template that asks for them (--template), more samples, or another "
+            "--backbone",
+            accuracy, len(labels), share,
+        )  # fmt: skip
+
+
 def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
     """The training and validation samples of the seed."""
     train, validation = sample_sizes(len(pool), config.train, config.validation)
@@ -205,3 +226,4 @@ def run_tune(config: TuneConfig) -> None:
         task.name, tuned.prompt.task.figures["validation_accuracy"],
         tuned.loop.state.step, tuned.loop.state.best_step, out,
     )  # fmt: skip
+    warn_of_one_answer(tuned.prompt.task.figures["validation_accuracy"], validation.labels)

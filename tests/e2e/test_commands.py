@@ -115,6 +115,22 @@ def test_tune_then_evaluate(trainer: Trainer, tune_flags: list[object], tmp_path
     assert abs(np.log(task["temperature"])) > 0.05
 
 
+@pytest.mark.parametrize("command", ["tune", "finetune"])
+def test_what_was_not_learned_is_told_of(
+    trainer: Trainer, tiny_t5: Path, tmp_path: Path, command: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"film {i} was here,{i % 2}\n" for i in range(200)))
+    more = ["--prompt-tokens", 4, "--rate", 0.03] if command == "tune" else ["--rate", 1e-4]
+    code, _, err = trainer(
+        command, "--data", path, "--labels", "no", "yes", "--words", "bad", "good", "--epochs", 1,
+        "--backbone", tiny_t5, "--out", tmp_path / "out", *more,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "hardly more than one answer" in caplog.text and "--backbone" in caplog.text
+
+
 def test_config_repeats_a_run(trainer: Trainer, tune_flags: list[object], tmp_path: Path) -> None:
     assert trainer(*tune_flags, "--epochs", 20)[0] == 0
     first = load_file(tmp_path / "prompt" / "adapter_model.safetensors")
@@ -184,13 +200,16 @@ def test_source_training_improves_on_its_start(
     assert record["words"] == ["bad", "good"]
 
 
-def test_finetune_then_evaluate(trainer: Trainer, tune_flags: list[object], tmp_path: Path) -> None:
+def test_finetune_then_evaluate(
+    trainer: Trainer, tune_flags: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data, backbone = tune_flags[2], tune_flags[10]
     code, _, err = trainer(
         "finetune", "--data", data, "--labels", "negative", "positive", "--words", "bad", "good",
         "--backbone", backbone, "--out", tmp_path / "full", "--rate", 1e-3, "--epochs", 40,
     )  # fmt: skip
     assert code == 0, err
+    assert "hardly more" not in caplog.text
     code, out, err = trainer("evaluate", tmp_path / "full", "--data", data, "--json", "-")
     assert code == 0, err
     assert json.loads(out)["accuracy"] > 0.9

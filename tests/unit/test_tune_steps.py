@@ -104,3 +104,21 @@ def test_a_text_is_cut_where_serving_cuts_it_and_the_template_never(
     assert [len(row) for row in rows] == [9, parts.tokens + 1, parts.tokens, 9]
     with pytest.raises(UserError, match=rf"leaves no room .* {parts.tokens} tokens: raise it"):
         encode_texts(tokenizer, parts, texts, parts.tokens)
+
+
+@pytest.mark.parametrize(
+    ("counts", "accuracy", "share"),
+    [
+        ((10, 10, 10, 10), 0.30, 0.25),  # 0.25 and a standard error of 0.068
+        ((10, 10, 10, 10), 0.325, None),
+        ((12, 28), 0.75, 0.7),
+        ((12, 28), 0.80, None),
+        ((0, 40), 1.0, 1.0),  # one class alone shows nothing
+    ],
+)
+def test_an_accuracy_near_one_answers_is_told_of(
+    counts: tuple[int, ...], accuracy: float, share: float | None
+) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    found = tune_module.no_better_than_one_answer(accuracy, labels)
+    assert found == (None if share is None else pytest.approx(share))
