@@ -12,7 +12,9 @@ Methods: `words` (the template alone, no sample used), `prefix`, `deep` and `ful
 with the trainer's own code), `finetune` (full tuning: every weight learns), `lr` (logistic
 regression on sentence embeddings), `setfit` (contrastive fine-tuning of the sentence encoder, then
 logistic regression: Tunstall et al. 2022), `bow` (the bag-of-words model of the pre-training
-recipe, its score calibrated on the samples).
+recipe, its score calibrated on the samples; for opinions only).
+
+Tasks besides opinions: `--tasks news aspects kinds`, see `benchmarks.topic_sets`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import topic_sets
 from serve.cli import Command, as_json, main, option
 from serve.errors import UserError
 from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
@@ -90,6 +93,9 @@ class Bench:
 
     def data(self, name: str) -> tuple[Task, Examples, Examples]:
         """(task, training pool, test rows)."""
+        if name in topic_sets.SETS and name not in self._sets:
+            task, pool, test = topic_sets.load(name, Path(self.config.data_dir))
+            self._sets[name] = task, pool, test.sample(self.config.test_rows, seed=0)
         if name not in self._sets:
             task = EXTRA.get(name) or get_task(name)
             folder = self.config.data_dir
