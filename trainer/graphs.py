@@ -91,6 +91,7 @@ class _Recording:
     """
 
     def __init__(self, work: Callable[[], None], stream: Any, pool: Any):
+        self.work = work  # and with it all tensors that it reads: their addresses are recorded
         before = torch.cuda.current_stream(stream.device)
         stream.wait_stream(before)
         try:
