@@ -37,9 +37,11 @@ MIB = 2**20
 # (docs/speed.md); a batch beyond the second, one long row then, gives its memory back.
 _CACHED, _LARGE = 6 * MIB, 16 * MIB
 _TOGETHER = 16  # tasks whose constants are computed before the bank is renewed on a GPU
-# What a run costs besides its tokens, in tokens: on a CPU for each thread; on a GPU (an estimate)
-# for the start of some hundreds of kernels, whatever the number of threads.
-_RUN_COST, _RUN_COST_CUDA = 16, 2048
+# What a run costs besides its tokens, in tokens: on a CPU for each thread; on a GPU for starting
+# some hundreds of kernels, whatever the number of threads (3 ms of an H200, docs/speed.md).
+_RUN_COST, _RUN_COST_CUDA = 16, 1400
+# Tokens and rows of a batch, where nobody says: a GPU is twice as fast with more than a CPU wants.
+DEFAULT_BATCH = {"cpu": (2048, 32), "cuda": (16384, 256)}
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
 
 
@@ -82,8 +84,8 @@ class Classifier:
         threads: int | None = None,
         workers: int | None = 1,
         providers: Sequence[str] | None = None,
-        token_budget: int = 2048,
-        max_rows: int = 32,
+        token_budget: int | None = None,
+        max_rows: int | None = None,
         max_tokens: int | None = None,
         bank_memory: int = 512 * MIB,
         spin: bool = True,
@@ -98,8 +100,9 @@ class Classifier:
                 what fills the cores (at most 8; one on a GPU).
             providers: of onnxruntime; default: CUDA where it is there, otherwise the CPU.
             token_budget: padded tokens of a batch, B x S; more gain nothing once the cores are
-                busy, and cost memory.
+                busy, and cost memory. Default: 2,048, on a GPU 16,384.
             max_rows: rows of a batch; each takes a copy of its task's keys and values in a layer.
+                Default: 32, on a GPU 256.
             max_tokens: longest row with its template, at most the bundle's; longer texts are cut,
                 and those of a task at its own `max_tokens`.
             bank_memory: bytes that task constants may take (twice that while the bank grows).
@@ -116,7 +119,7 @@ class Classifier:
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise UserError(f"--max-tokens must be within 1 and {limit}, the bundle's own")
         given = [n for n in (token_budget, max_rows, threads, workers) if n is not None]
-        if min(given) < 1:
+        if given and min(given) < 1:
             raise UserError(
                 "--token-budget, --max-rows, --threads and --workers must be at least 1"
             )
@@ -153,8 +156,9 @@ class Classifier:
         )
         device, prompt = self._engine.device, self.bundle.prompt_tokens
         self._score_bytes = 4 * self.bundle.size("num_heads")
+        tokens, rows = DEFAULT_BATCH[device]
         self.limits = BatchLimits(
-            token_budget, max_rows, tasks=self.bank.capacity,
+            token_budget or tokens, max_rows or rows, tasks=self.bank.capacity,
             run_cost=_RUN_COST * self.threads if device == "cpu" else _RUN_COST_CUDA,
             scores=_CACHED // self._score_bytes if device == "cpu" else None,
             queries=prompt if self.bundle.mode == "full" else 0, keys=prompt,

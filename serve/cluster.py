@@ -29,6 +29,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve.classifier import DEFAULT_BATCH
 from serve.cli import build_config
 from serve.errors import Failure, UserError
 from serve.follower import Follower, SharedClassifier
@@ -195,11 +196,12 @@ def application(config: ClusterConfig) -> ray_serve.Application:
             "upscale_delay_s": config.upscale_delay,
             "downscale_delay_s": config.downscale_delay,
         }
+    rows = config.max_rows or DEFAULT_BATCH["cuda" if config.gpus else "cpu"][1]
     replica: Any = Replica  # a Deployment, which the types of Ray's decorators do not say
     replica = replica.options(
         # Above the bound of our own queue, which is in texts and answers 429; past this one Ray
         # keeps requests in its proxies, up to as many again, and then answers 503.
-        max_ongoing_requests=config.max_queue + config.max_rows * (config.workers or 1) + _ROOM,
+        max_ongoing_requests=config.max_queue + rows * (config.workers or 1) + _ROOM,
         max_queued_requests=config.max_queue,
         graceful_shutdown_timeout_s=config.drain,
         ray_actor_options={

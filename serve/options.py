@@ -29,10 +29,14 @@ class ModelConfig:
     providers: list[str] | None = option(
         None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
     )
-    token_budget: int = option(
-        2048, help="padded tokens of a batch; more takes memory and gains little", minimum=1
+    token_budget: int | None = option(
+        None, minimum=1,
+        help="padded tokens of a batch; more takes memory and gains little (default: 2048, on a "
+        "GPU 16384)",
+    )  # fmt: skip
+    max_rows: int | None = option(
+        None, help="texts of a batch (default: 32, on a GPU 256)", minimum=1
     )
-    max_rows: int = option(32, help="texts of a batch", minimum=1)
     max_tokens: int | None = option(
         None,
         help="longest text with its template; longer ones are cut, and those of a task where the "

@@ -196,7 +196,8 @@ def test_on_a_gpu_fp32_is_fp32_and_threads_do_not_spin(
     monkeypatch.setattr("serve.bank.on_device", placed)
     monkeypatch.setattr("serve.engine.ort.InferenceSession", Session)
     classifier = Classifier(folder, threads=12)
-    assert classifier.limits.run_cost == 2048  # whatever the threads
+    assert classifier.limits.run_cost == 1400  # whatever the threads
+    assert (classifier.limits.tokens, classifier.limits.rows) == (16384, 256)
     assert classifier.limits.scores is None
     monkeypatch.setattr("serve.classifier._LARGE", 0)
     assert classifier.classify(["good"], "film")[0].label == "positive"
