@@ -39,7 +39,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from serve.cli import guarded
 from serve.files import atomic_write, write_json
-from trainer.meta import Outcome, ScoreFn, Stages, outer_losses, outside_autocast
+from trainer.meta import Outcome, ScoreFn, Stages, outer_losses
 from trainer.modes import Params
 from trainer.readout import Batch, class_scores, collate
 from trainer.t5 import FrozenT5
@@ -149,8 +149,7 @@ class Batched:
         """The outer gradient [P, D]."""
         params = as_leaf(prompt)
         total, figures = self.losses(params, self.support, self.query)
-        with outside_autocast(total):
-            total.backward()
+        total.backward()
         Outcome.of(figures)  # as training reads it
         gradient = params["prompt_embeddings"].grad
         assert gradient is not None

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.meta import outside_autocast
 from trainer.modes import Params
 from trainer.readout import Batch
 from trainer.t5 import unpacked
@@ -206,8 +205,7 @@ class OuterGraphs:
             ):
                 total, figures = losses(*inputs.batches())
             # To `.grad` directly it would be added, on the stream that the leaf was first used on.
-            with outside_autocast(total):
-                gradients = torch.autograd.grad(total, list(self.trained.values()))
+            gradients = torch.autograd.grad(total, list(self.trained.values()))
             for kept, gradient in zip(self._gradients.values(), gradients, strict=True):
                 kept.copy_(gradient)
             self._figures.copy_(figures)
@@ -218,6 +216,5 @@ class OuterGraphs:
         total, figures = losses(support, query)
         for value in self.trained.values():
             value.grad = None
-        with outside_autocast(total):
-            total.backward()
+        total.backward()
         return figures

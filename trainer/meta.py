@@ -17,7 +17,6 @@ the exact second-order gradient in two forwards, without a loop over tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +64,6 @@ def task_losses(scores: Tensor, labels: Tensor, tasks: int) -> Tensor:
     return losses.view(tasks, -1).mean(1)
 
 
-def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Where gradients are taken.
-
-    Autocast's type belongs to a thread. A GPU's backward pass runs on one of its own, which takes
-    over that autocast is on, but not that it is for bf16: it would be float16, where a T5
-    overflows. What is differentiated has its types already. A CPU's runs on the caller's thread.
-    """
-    kind = tensor.device.type
-    if kind == "cpu" or not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
 def adapt(
     score: ScoreFn,
     copies: Params,
@@ -108,10 +94,9 @@ def adapt(
         losses = task_losses(score(copies, support), support.labels, tasks)
         first = losses.detach() if first is None else first
         # A task's loss depends on its own copy only, so the gradient of the sum is every task's.
-        with outside_autocast(losses):
-            gradients = torch.autograd.grad(
-                losses.sum(), list(copies.values()), create_graph=second_order
-            )
+        gradients = torch.autograd.grad(
+            losses.sum(), list(copies.values()), create_graph=second_order
+        )
         copies = {
             name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
             for (name, value), grad in zip(copies.items(), gradients, strict=True)
@@ -142,14 +127,13 @@ def adapt_together(
     once = stages.constants(add_group(params))
     copies = {name: value.expand(tasks, *value.shape[1:]) for name, value in once.items()}
     losses = task_losses(stages.score(copies, support), support.labels, tasks)
-    with outside_autocast(losses):
-        reached = torch.autograd.grad(
-            losses.sum(), list(copies.values()), create_graph=second_order
-        )  # [T, ...]
-        gradients = torch.autograd.grad(
-            list(once.values()), list(params.values()), [value[:, None] for value in reached],
-            is_grads_batched=True, create_graph=second_order,
-        )  # fmt: skip
+    reached = torch.autograd.grad(
+        losses.sum(), list(copies.values()), create_graph=second_order
+    )  # [T, ...]
+    gradients = torch.autograd.grad(
+        list(once.values()), list(params.values()), [value[:, None] for value in reached],
+        is_grads_batched=True, create_graph=second_order,
+    )  # fmt: skip
     adapted = {
         name: value - (inner_rate if isinstance(inner_rate, float) else inner_rate[name]) * grad
         for (name, value), grad in zip(params.items(), gradients, strict=True)
@@ -218,8 +202,7 @@ def outer_gradient(
         options: and the rest, as for `outer_losses`.
     """
     total, figures = outer_losses(score, params, support, query, tasks, **options)
-    with outside_autocast(total):
-        total.backward()
+    total.backward()
     return Outcome.of(figures)
 
 

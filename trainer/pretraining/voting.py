@@ -17,10 +17,10 @@ import torch
 
 from trainer.backbone import Backbone, load_backbone
 from trainer.cpu import half_precision
+from trainer.pretraining.asker import Asker
 from trainer.pretraining.evaluate import ask
 from trainer.pretraining.judge import NEUTRAL
 from trainer.pretraining.judging import mapped
-from trainer.pretraining.mixture import Asker
 from trainer.pretraining.shards import MAX_TOKENS, Verdicts
 from trainer.pretraining.start import start_tokenizer
 from trainer.pretraining.wordings import TEMPLATE
