@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pandas as pd
 
 from demo import lesson as sample
@@ -94,6 +95,8 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
 
 def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> str:
     """What the runs reached, in words."""
+    from trainer.tune import no_better_than_one_answer
+
     parts = []
     for run, title in runs.items():
         if run in lessons.prompts:
@@ -103,6 +106,12 @@ def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> st
                 f"(best at step {figures['best_step']} of {figures['steps']})"
             )
     words = ", ".join(plain(word) for word in lessons.words)
+    doubt, accuracy = "", served_right / lessons.held
+    if no_better_than_one_answer(accuracy, np.array(lessons.classes)) is not None:
+        doubt = (
+            " **That is hardly more than one answer for every text would get:** the backbone may "
+            "not know what is asked (mini knows opinions), or it takes more examples."
+        )
     start, best = lessons.starts["best"], runs["best"]
     began = ""
     if start.name != "metapt":
@@ -110,7 +119,7 @@ def result_line(lessons: Lessons, served_right: int, runs: dict[str, str]) -> st
     return (
         f"Accuracy on the {lessons.held} examples held out: {'; '.join(parts)}. Served is the "
         f"prompt of the lowest loss on them, from {runs[lessons.winner()]}: onnxruntime answers "
-        f"{served_right} of {lessons.held} right. Label words: {words}.{began}"
+        f"{served_right} of {lessons.held} right.{doubt} Label words: {words}.{began}"
     )
 
 

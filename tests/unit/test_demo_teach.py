@@ -11,9 +11,11 @@ import pytest
 pytest.importorskip("gradio")
 
 from demo.lesson import EXAMPLES
-from demo.teach import Lessons, make_lesson, parse_labels, split
+from demo.tabs.teach import result_line
+from demo.teach import Lessons, Start, make_lesson, parse_labels, split
 from demo.words import choose_words, whole_words
 from serve.errors import UserError
+from trainer.prompt import Prompt, TaskRecord
 
 
 def test_labels_are_separated_by_commas_or_lines() -> None:
@@ -111,6 +113,20 @@ def test_the_run_of_the_lowest_held_out_loss_is_served() -> None:
     assert lessons.winner() == "words"
     del lessons.prompts["words"]
     assert lessons.winner() == "random"
+
+
+@pytest.mark.parametrize(("right", "doubted"), [(10, False), (7, True)])
+def test_a_lesson_that_was_not_learned_is_told_of(right: int, doubted: bool) -> None:
+    figures = {"validation_accuracy": right / 12, "best_step": 3, "steps": 9}
+    record = TaskRecord("t", ["a", "b"], ["a", "b"], figures={**figures, "validation_loss": 0.7})
+    lessons = Lessons(
+        starts={"best": Start("metapt", 1, {})},
+        prompts={"best": Prompt({}, record)},
+        words=["a", "b"], held=12, classes=[0, 1] * 6,
+    )  # fmt: skip
+    line = result_line(lessons, right, {"best": "MetaPT start"})
+    assert f"{right} of 12 right." in line
+    assert ("hardly more than one answer" in line) == doubted
 
 
 def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
