@@ -117,7 +117,7 @@ def choose_providers(wanted: Sequence[str] | None) -> list[str]:
         if name not in available:
             raise UserError(
                 f"onnxruntime has no provider '{name}' here: it has {', '.join(available)}; "
-                'for CUDA, pip install "onnxruntime-gpu" in place of "onnxruntime"'
+                'for CUDA, pip install "onnxruntime-gpu[cuda,cudnn]" in place of "onnxruntime"'
             )
     if CUDA in wanted:
         load_cuda_libraries()
@@ -174,7 +174,8 @@ class Engine:
         if missing and not fallback:
             raise Failure(
                 f"onnxruntime cannot start {', '.join(missing)} on this machine: check its device, "
-                "driver and libraries, or leave it out of --providers"
+                'driver and libraries (CUDA: "onnxruntime-gpu[cuda,cudnn]" brings them), or leave '
+                "it out of --providers"
             )
         if missing:
             log.warning("onnxruntime cannot start %s here: going on without", ", ".join(missing))
