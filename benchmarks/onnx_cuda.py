@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from benchmarks.serving import Side
 from serve.classifier import Classifier
-from serve.engine import _OPTIONS, CPU, CUDA, on_device
+from serve.engine import CPU, CUDA, PROVIDER_OPTIONS, on_device
 from serve.tokenize import Encoded
 
 
@@ -34,7 +34,7 @@ def placement(classifier: Classifier, batch: list[Encoded], work: Path) -> dict[
     options.enable_profiling = True
     options.profile_file_prefix = str(work / "profile")
     options.log_severity_level = 3
-    providers = [(p, _OPTIONS.get(p, {})) for p in engine._session.get_providers()]
+    providers = [(p, PROVIDER_OPTIONS.get(p, {})) for p in engine._session.get_providers()]
     session = ort.InferenceSession(str(engine.graph), options, providers=providers)
     for _ in range(runs):
         session.run_with_ort_values(engine.outputs, feed_of(classifier, batch))
@@ -60,7 +60,7 @@ def graphed(classifier: Classifier, batch: list[Encoded]) -> Side:
         for name, size in zip(item.shape, feed[item.name].shape(), strict=True):
             if isinstance(name, str):
                 options.add_free_dimension_override_by_name(name, size)
-    settings = {**_OPTIONS[CUDA], "enable_cuda_graph": "1"}
+    settings = {**PROVIDER_OPTIONS[CUDA], "enable_cuda_graph": "1"}
     session = ort.InferenceSession(
         str(engine.graph), options, providers=[(CUDA, settings), CPU], enable_fallback=0
     )

@@ -65,23 +65,37 @@ ROUNDED = 0.75  # deviations of a logit over texts by which int8 may be off, at 
 Side = Callable[[], Any]
 
 
-def prepare(geometry: str, work: Path, peft: bool = True) -> Backbone:
-    """The backbone, its prompts and the two bundles under `work`, made where they are missing;
-    without `peft` only what mode `prefix` needs."""
+def make_backbone(geometry: str, work: Path) -> Backbone:
+    """`mini`, or random weights in a geometry, which are kept under `work`."""
     work.mkdir(parents=True, exist_ok=True)
     if geometry != "mini" and not (work / "t5").is_dir():
         write_random_t5(work / "t5", geometry, backbone_folder("mini"))
-    backbone = load_backbone("mini" if geometry == "mini" else str(work / "t5"))
+    return load_backbone("mini" if geometry == "mini" else str(work / "t5"))
+
+
+def prompt_vectors(backbone: Backbone) -> torch.Tensor:
+    """Every task's prompt, [T, P, D]: embeddings of random pieces, always the same."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 16000, (TASKS, TOKENS), generator=generator)
-    vectors = backbone.t5.model.shared.weight[rows]
+    return backbone.t5.model.shared.weight.detach().cpu()[rows]
+
+
+def make_prompts(backbone: Backbone, mode: str, count: int) -> list[Prompt]:
+    """The prompts of the first `count` tasks."""
+    return [
+        Prompt({"prompt_embeddings": vectors.clone()},
+               TaskRecord(f"task{i}", ["p", "n"], WORDS, mode=mode))
+        for i, vectors in enumerate(prompt_vectors(backbone)[:count])
+    ]  # fmt: skip
+
+
+def prepare(geometry: str, work: Path, peft: bool = True) -> Backbone:
+    """The backbone, its prompts and the two bundles under `work`, made where they are missing;
+    without `peft` only what mode `prefix` needs."""
+    backbone = make_backbone(geometry, work)
     kinds = [("prefix", TASKS, ("fp32", "int8")), ("full", 1, ("fp32",))]
     for mode, count, precisions in kinds if peft else kinds[:1]:
-        prompts = [
-            Prompt({"prompt_embeddings": vectors[i].clone()},
-                   TaskRecord(f"task{i}", ["p", "n"], WORDS, mode=mode))
-            for i in range(count)
-        ]  # fmt: skip
+        prompts = make_prompts(backbone, mode, count)
         if mode == "full" and not (work / "prompt").is_dir():
             save_prompt(prompts[0], work / "prompt", backbone)
         if not (work / mode).is_dir():

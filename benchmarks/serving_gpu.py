@@ -40,15 +40,23 @@ from transformers import T5ForConditionalGeneration
 
 from benchmarks.meta_training import GEOMETRIES
 from benchmarks.onnx_cuda import graphed, placement
-from benchmarks.random_t5 import write_random_t5
-from benchmarks.serving import TASKS, TOKENS, WORDS, Side, rows_of, timed
+from benchmarks.serving import (
+    TASKS,
+    WORDS,
+    Side,
+    make_backbone,
+    make_prompts,
+    prompt_vectors,
+    rows_of,
+    timed,
+)
 from exporter.export import export_bundle
 from serve.classifier import Classifier
 from serve.cli import guarded
 from serve.engine import CPU, CUDA
 from trainer import vader
-from trainer.backbone import Backbone, backbone_folder, load_backbone
-from trainer.prompt import Prompt, TaskRecord, save_prompt
+from trainer.backbone import Backbone
+from trainer.prompt import save_prompt
 from trainer.readout import Batch, class_scores
 
 SHAPES = [(32, 24), (1, 24), (8, 128), (256, 24)]
@@ -89,29 +97,13 @@ class Report:
         self.out.write_text(json.dumps(self.values, indent=1) + "\n", "utf-8")
 
 
-def prompt_vectors(backbone: Backbone) -> torch.Tensor:
-    """Every task's prompt, [T, P, D]: embeddings of random pieces, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 16000, (TASKS, TOKENS), generator=generator)
-    return backbone.t5.model.shared.weight.detach().cpu()[rows]
-
-
 def prepare(geometry: str, work: Path, modes: list[str], report: Report) -> Backbone:
     """The backbone and the bundles `prefix` (32 tasks) and `full` (one) under `work`, those that
     are there already as they are."""
-    work.mkdir(parents=True, exist_ok=True)
-    if geometry != "mini" and not (work / "t5").is_dir():
-        write_random_t5(work / "t5", geometry, backbone_folder("mini"))
-    backbone = load_backbone("mini" if geometry == "mini" else str(work / "t5"))
-    vectors = prompt_vectors(backbone)
+    backbone = make_backbone(geometry, work)
     for mode in ("full", "prefix"):
         with report.part(f"{geometry}: mode {mode}"):
-            count = TASKS if mode == "prefix" else 1
-            prompts = [
-                Prompt({"prompt_embeddings": vectors[i].clone()},
-                       TaskRecord(f"task{i}", ["p", "n"], WORDS, mode=mode))
-                for i in range(count)
-            ]  # fmt: skip
+            prompts = make_prompts(backbone, mode, TASKS if mode == "prefix" else 1)
             if mode == "full" and not (work / "prompt").is_dir():
                 save_prompt(prompts[0], work / "prompt", backbone)
             for precisions in (

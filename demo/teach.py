@@ -95,14 +95,18 @@ class Start:
 
 @dataclass
 class Lessons:
-    """What a lesson ended with: starts and prompts by run, and the label words chosen; held: how
-    many examples were held out, classes: theirs."""
+    """What a lesson ended with: starts and prompts by run, and the label words chosen; classes:
+    of the examples that were held out."""
 
     starts: dict[str, Start] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
-    held: int = 0
     classes: list[int] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """How many examples were held out."""
+        return len(self.classes)
 
     def winner(self) -> str:
         """The run that ended with the lowest loss on the held-out examples; its prompt is served.
@@ -267,7 +271,7 @@ def study(
     lessons.words = choose_words(backbone, lesson.labels)
     task = make_task(lesson.name, lesson.labels, lessons.words)
     learn, held = split(lesson.classes)
-    lessons.held, lessons.classes = len(held), [lesson.classes[i] for i in held]
+    lessons.classes = [lesson.classes[i] for i in held]
     pool = Examples(lesson.texts, np.array(lesson.classes), tuple(lesson.labels), "the examples")
     for run in RUNS:
         yield from _study_one(

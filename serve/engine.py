@@ -23,7 +23,7 @@ _MOST_WORKERS = 8  # by default: each keeps the memory of its largest batch
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Against the defaults: TF32 keeps 10 of the 23 bits of a product's factors, but fp32 is what export
 # compared with torch; and an arena that grows by doubling takes what others on the GPU could use.
-_OPTIONS = {CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}}
+PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}}
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -161,7 +161,7 @@ class Engine:
         spins = "1" if spin and CUDA not in providers else "0"
         options.add_session_config_entry("session.intra_op.allow_spinning", spins)
         options.log_severity_level = 3  # errors; they also come as exceptions
-        chosen = [(name, _OPTIONS.get(name, {})) for name in providers]
+        chosen = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers]
         # A provider that fails is reported by print, but standard output may be a command's answer.
         apart = contextlib.redirect_stdout(sys.stderr) if CUDA in providers else None
         try:

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 MULTIPLE = 16  # tokens: texts of up to 128 take at most eight graphs
 _WARM_UPS = 2  # before a recording: libraries choose and load their kernels, which none may hold
-
 _ROUNDING = 0.01  # by how much of its norm a first replay may miss the plain step's gradient
+
 # `trainer.meta.outer_losses` of support and query, all else given
 Losses = Callable[[Batch, Batch], tuple[Tensor, Tensor]]
 

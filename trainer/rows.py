@@ -44,7 +44,11 @@ class Rows:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The rows of these numbers, in this order, on the backbone's device."""
-        return collate([self.ids[i] for i in indices], self.labels[indices]).to(self.device)
+        return self.collated(indices).to(self.device)
+
+    def collated(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The same, on the CPU."""
+        return collate([self.ids[i] for i in indices], self.labels[indices])
 
     def by_length(self, tokens: int = ROW_TOKENS) -> Iterator[np.ndarray]:
         """Row numbers in batches of similar length, each under a budget of tokens."""

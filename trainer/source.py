@@ -23,7 +23,7 @@ from trainer.modes import Params, add_group
 from trainer.options import checkpoint_folder, result_folder
 from trainer.parallel import workers
 from trainer.prompt import Prompt, TaskRecord, save_prompt
-from trainer.readout import Batch, collate
+from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
@@ -198,10 +198,8 @@ def meta_train(
                     second_order=second,
                 )  # fmt: skip
 
-            drawn = (
-                collate([rows.ids[i] for i in part], rows.labels[part]) for part in (support, query)
-            )
-            outcome = Outcome.of(graphs.step(losses, *drawn, kind=second))
+            figures = graphs.step(losses, rows.collated(support), rows.collated(query), kind=second)
+            outcome = Outcome.of(figures)
             share = len(mine) / sampler.tasks
             measured = {
                 "loss": share * outcome.loss,

@@ -122,7 +122,7 @@ def test_a_lesson_that_was_not_learned_is_told_of(right: int, doubted: bool) -> 
     lessons = Lessons(
         starts={"best": Start("metapt", 1, {})},
         prompts={"best": Prompt({}, record)},
-        words=["a", "b"], held=12, classes=[0, 1] * 6,
+        words=["a", "b"], classes=[0, 1] * 6,
     )  # fmt: skip
     line = result_line(lessons, right, {"best": "MetaPT start"})
     assert f"{right} of 12 right." in line

@@ -27,8 +27,9 @@ from trainer.pretraining.evaluate import Probe, read_probes, track
 from trainer.pretraining.judge import HEAD, Document, Judge, JudgeSchedule
 from trainer.pretraining.judging import documents, load_judge, save_judge, train_judge, verdicts
 from trainer.pretraining.losses import Auxiliary
-from trainer.pretraining.mixture import Mixture, SoftTask, pad
+from trainer.pretraining.mixture import Mixture, SoftTask
 from trainer.pretraining.model import new_model, save_backbone
+from trainer.pretraining.packing import pad
 from trainer.pretraining.recipe import Plain, Recipe, load_recipe
 from trainer.pretraining.rows import read_rows
 from trainer.pretraining.shards import Pool, Verdicts, add_pool, load_pools, prepare

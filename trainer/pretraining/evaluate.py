@@ -15,7 +15,7 @@ import torch
 
 from trainer.pretraining.asker import Asker
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL
-from trainer.pretraining.mixture import pad
+from trainer.pretraining.packing import pad
 from trainer.pretraining.wordings import HELD_OUT, TEMPLATE
 from trainer.t5 import FrozenT5, Segment
 

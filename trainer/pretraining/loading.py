@@ -6,13 +6,14 @@ as long to learn from: made in turn, either would wait for the other half of the
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.pretraining.mixture import Batch, Mixture
 
@@ -32,33 +33,17 @@ def usual_loaders(device: torch.device) -> int:
 
 
 class _Drawn(Dataset[Batch]):
-    """Batch number `step` of rank `rank` among `count` processes of training.
+    """Batch number `step` by `draw`.
 
     done: step -> share of the run that is done; None where time decides and the training process
     says so in `now`."""
 
-    def __init__(self, mixture: Mixture, shares: Callable[[float], dict[str, float]], rank: int,
-                 count: int, done: Callable[[int], float] | None) -> None:  # fmt: skip
-        self.mixture, self.shares, self.rank, self.count = mixture, shares, rank, count
-        self.done = done
+    def __init__(self, draw: Source, done: Callable[[int], float] | None) -> None:
+        self.draw, self.done = draw, done
         self.now = mp.get_context("fork").Value("d", 0.0, lock=False)
 
     def __getitem__(self, step: int) -> Batch:
-        done = self.now.value if self.done is None else self.done(step)
-        return self.mixture.batch(step * self.count + self.rank, self.shares(done))
-
-
-class _From(Sampler[int]):
-    """first, first + 1, ... without end."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.first
-        while True:
-            yield step
-            step += 1
+        return self.draw(step, self.now.value if self.done is None else self.done(step))
 
 
 def source(mixture: Mixture, shares: Callable[[float], dict[str, float]], *, first: int,
@@ -77,12 +62,16 @@ def source(mixture: Mixture, shares: Callable[[float], dict[str, float]], *, fir
     Returns:
         A function that is to be called with first, first + 1, ... in this order.
     """
-    drawn = _Drawn(mixture, shares, rank, count, done)
+
+    def draw(step: int, share: float) -> Batch:
+        return mixture.batch(step * count + rank, shares(share))
+
     if not loaders:
-        return lambda step, share: mixture.batch(step * count + rank, shares(share))
+        return draw
+    drawn = _Drawn(draw, done)
     batches: Any = iter(DataLoader(
-        drawn, batch_size=None, sampler=_From(first), num_workers=loaders, prefetch_factor=_AHEAD,
-        multiprocessing_context="fork",
+        drawn, batch_size=None, sampler=itertools.count(first), num_workers=loaders,
+        prefetch_factor=_AHEAD, multiprocessing_context="fork",
     ))  # fmt: skip
     expected = first
 

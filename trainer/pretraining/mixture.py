@@ -18,9 +18,10 @@ from torch import Tensor
 from serve.errors import UserError
 from trainer.pretraining.asker import Asker, Wording
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL, corrupt
+from trainer.pretraining.packing import of_length, pad
 from trainer.pretraining.shards import Pool
 from trainer.pretraining.topics import NAME, Topics
-from trainer.pretraining.wordings import ABOUT, QUESTIONS, Question
+from trainer.pretraining.wordings import ABOUT, OPINIONS, QUESTIONS, Question
 
 BANDS = (8, 12, 16, 20, 26, 34, 48)  # tokens of a text; a batch takes one band, +- 25 %
 BAND_SHARES = (0.13, 0.16, 0.2, 0.2, 0.15, 0.1, 0.06)
@@ -29,7 +30,6 @@ LONG = 18  # tokens from which a text counts as long
 GROUPS = 8  # soft prompts in one batch
 SILENT = 0.45  # share of them that are random pieces: a prompt tuned from there starts as well as
 # the template alone
-OPINIONS = ("polarity", "tone", "star")
 ASKED_TOPICS = 0.25  # share of questions about topics among those in words,
 SILENT_TOPICS = 0.4  # and of soft prompts that are random pieces
 ASPECTS = 0.15  # share of opinion texts with a few of their own words in front, as an aspect
@@ -149,10 +149,7 @@ class Mixture:
         pool, rows, lengths, _ = choices[rng.choice(len(choices), p=shares / shares.sum())]
         if column == "long":
             band = int(rng.integers(18, 27)) if c else int(rng.integers(6, 13))
-        low, high = np.searchsorted(lengths, [round(band * 0.75), round(band * 1.25) + 1])
-        if high - low < 2:  # nothing of this length: the nearest there is
-            low, high = max(0, min(low, len(rows) - 2)), min(len(rows), max(high, low + 2))
-        row = int(rows[rng.integers(low, high)])
+        row = int(rows[of_length(lengths, band, rng)])
         text = pool.text(row)
         if column in OPINIONS and rng.random() < ASPECTS:
             # "food quality: The pizza was cold.", the form that aspect tasks have.
@@ -332,14 +329,3 @@ def answers_of(column: str, degrees: np.ndarray) -> tuple[float, ...]:
     answers = {"polarity": (low + middle / 2, high + middle / 2), "tone": (low, middle, high),
                "star": degrees.tolist()}[column]  # fmt: skip
     return tuple(float(a) for a in np.array(answers) / sum(answers))
-
-
-def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids [B, S] padded with 0, and a bool mask [B, S]."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    return ids, mask

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from serve.files import read_json, write_json
 from trainer.cpu import half_precision
 from trainer.pretraining.corruption import EOS
+from trainer.pretraining.packing import of_length, pad
 from trainer.pretraining.recipe import COLUMNS
 from trainer.pretraining.shards import Pool
 from trainer.pretraining.teacher import Teacher
@@ -97,14 +98,9 @@ def embed(teacher: Teacher, texts: Sequence[np.ndarray], half: bool | None = Non
     result: np.ndarray | None = None
     for start in range(0, len(order), _BATCH):
         part = order[start : start + _BATCH]
-        longest = len(texts[part[-1]]) + 1
-        ids = torch.zeros(len(part), longest, dtype=torch.long)
-        mask = torch.zeros(len(part), longest, dtype=torch.long)
-        for row, i in enumerate(part):
-            ids[row, : len(texts[i]) + 1] = torch.tensor([*texts[i].tolist(), EOS])
-            mask[row, : len(texts[i]) + 1] = 1
+        ids, mask = pad([[*texts[i].tolist(), EOS] for i in part])
         with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(device, half)):
-            vectors = teacher.embed(ids.to(device), mask.to(device)).float().cpu().numpy()
+            vectors = teacher.embed(ids.to(device), mask.long().to(device)).float().cpu().numpy()
         if result is None:
             result = np.zeros((len(texts), vectors.shape[1]), np.float32)
         result[part] = vectors
@@ -193,11 +189,8 @@ class Topics:
 
     def text(self, cluster: int, band: int, rng: np.random.Generator) -> list[int]:
         """A text of the cluster, about `band` tokens long."""
-        rows, lengths = self.rows[cluster], self.lengths[cluster]
-        low, high = np.searchsorted(lengths, [round(band * 0.75), round(band * 1.25) + 1])
-        if high - low < 2:
-            low, high = max(0, min(low, len(rows) - 2)), min(len(rows), max(high, low + 2))
-        return self.pool.text(int(rows[rng.integers(low, high)])).tolist()
+        place = of_length(self.lengths[cluster], band, rng)
+        return self.pool.text(int(self.rows[cluster][place])).tolist()
 
     def name(self, cluster: int, rng: np.random.Generator, text: Sequence[int] = ()) -> int:
         """One of a cluster's names, one that is not in `text` if there is one."""

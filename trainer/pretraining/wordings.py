@@ -14,6 +14,7 @@ from dataclasses import dataclass
 SENTINEL = "<extra_id_0>"
 TEMPLATE = "{text} It was <extra_id_0>."  # the toolkit's own read-out template
 
+OPINIONS = ("polarity", "tone", "star")  # label columns
 NEUTRAL_NAMES = (("a", "b"), ("one", "two"), ("left", "right"), ("red", "blue"), ("no", "yes"))
 
 
@@ -232,7 +233,7 @@ HELD_OUT: tuple[tuple[str, tuple[str, str]], ...] = (
 
 def opinion_words() -> set[str]:
     """The label words of questions about opinions."""
-    asked = [q for q in QUESTIONS if q.column in ("polarity", "tone", "star")]
+    asked = [q for q in QUESTIONS if q.column in OPINIONS]
     return {word for q in asked for group in q.words for word in group}
 
 
