@@ -36,7 +36,8 @@ from serve.cli import Command, as_json, main, option
 from serve.errors import UserError
 from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
 from trainer.configs import FinetuneConfig, TuneConfig
-from trainer.data import Examples, draw_few_shot, load_task
+from trainer.data import Examples, load_task
+from trainer.few_shot import draw_few_shot
 from trainer.finetune import finetune
 from trainer.loop import RunOptions
 from trainer.pretraining.recipe import load_recipe

@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy, normalize
 from benchmarks.backbone_table import Bench, TableConfig
 from serve.cli import guarded
 from trainer.backbone import load_backbone
-from trainer.data import Examples, draw_few_shot
+from trainer.data import Examples
+from trainer.few_shot import draw_few_shot
 
 log = logging.getLogger(__name__)
 

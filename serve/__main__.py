@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from serve.cli import Command, main, option
 from serve.errors import UserError, install
@@ -154,12 +154,22 @@ def run_info(config: InfoConfig) -> None:
         f"{found.size('num_layers')} layers; graphs and weights {size / 2**20:.1f} MiB",
     ]
     for name, entry in header["precisions"].items():
-        figures = ", ".join(f"{k} {v}" for k, v in entry.items() if isinstance(v, int | float))
-        lines.append(f"precision {name}: {figures or entry['graph']}")
+        figures = [f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, int | float)]
+        figures += [_cost(entry["validation"])] if "validation" in entry else []
+        lines.append(f"precision {name}: {', '.join(figures) or entry['graph']}")
     for name, task in found.tasks.items():
         pairs = ", ".join(f"{a} ({b})" for a, b in zip(task.labels, task.words, strict=True))
         lines.append(f"task {name}: {pairs}; {task.size_bytes / 1024:.0f} KiB; {task.template}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _cost(measured: dict[str, Any]) -> str:
+    """What a variant costs in accuracy, as measured at the export (`exporter.measure.compare`)."""
+    return (
+        f"{100 * measured['accuracy']:.1f} % of {measured['texts']} texts of {measured['task']} "
+        f"right ({100 * measured['accuracy_change']:+.1f} points against fp32), "
+        f"{100 * measured['agreement']:.1f} % answered as in fp32"
+    )
 
 
 COMMANDS = {

@@ -24,7 +24,7 @@ class ModelConfig:
     workers: int | None = option(
         None, minimum=1, maximum=64,
         help="batches that run at the same time; default: the physical cores (at most 8) over the "
-        "threads, one on a GPU. 1 answers a lonely text soonest",
+        "threads, one on a GPU. In fp32 1 answers a single client sooner, and many later",
     )  # fmt: skip
     providers: list[str] | None = option(
         None, help="onnxruntime providers; default: CUDA where it is there, otherwise the CPU"
@@ -84,7 +84,7 @@ class ServerConfig(ModelConfig):
 class ClusterConfig(ServerConfig):
     """Serve a bundle on a Ray cluster: replicas, scaled by the requests under way.
 
-    Every node needs `metapt[http,ray]` and the bundle at the same path.
+    Every node needs this project with the extras http and ray, and the bundle at the same path.
     """
 
     ray: str = option(

@@ -1,4 +1,4 @@
-"""Labelled texts: read from files, data folders, the VADER set or the hub, and drawn few-shot."""
+"""Labelled texts: read from files, data folders, the VADER set or the hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ _MARKED = {  # what files call the splits, without case
     "eval": "validation", "evaluation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_TRIES = 100  # draws of 40 before a class is called missing
 _MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
 
 
@@ -230,6 +229,22 @@ def _marked(mark: Any, source: str) -> str | None:
     return _MARKED.get(name)
 
 
+def marks_validation(path: str | Path) -> bool:
+    """Whether a file marks rows for validation besides those for testing: they may choose a prompt
+    then, while in a file without test rows they are what it is tested on.
+
+    Raises:
+        UserError, Failure: see `load_examples`.
+    """
+    marks = {
+        _marked(value, str(path))
+        for _, row in iterate_rows(path, (), keep_all=True)
+        for name, value in row.items()
+        if _plain(name) == "split"
+    }
+    return {"validation", "test"} <= marks
+
+
 def normalise(text: str) -> str:
     """Letters and digits only, in lower case: two spellings of one sentence become equal."""
     return _MARKS.sub("", text.casefold())
@@ -313,90 +328,3 @@ def _from_hub(task: Task, rows: Sequence[Mapping[str, Any]], split: str | None) 
     parts = _sentences(rows, columns)
     marks = [rows[i]["split"] for i in kept]
     return choose_split(examples, marks, split, [parts[i] for i in kept])
-
-
-def draw_few_shot(
-    examples: Examples,
-    seed: int,
-    train: int = 40,
-    validation: int = 40,
-    classes: int | None = None,
-    balanced: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the few-shot training and validation samples of a seed (appendix A.4: 40 and 40).
-
-    The paper draws at random; a draw that leaves a class out of the training samples is repeated
-    from the same stream of random numbers, so a seed always stands for the same samples.
-
-    Args:
-        examples: the pool, N texts.
-        seed: the seed of the draw.
-        train, validation: the numbers of samples.
-        classes: C; None takes the pool's.
-        balanced: whether every class gets an equal share (one more or less) instead.
-
-    Returns:
-        The indices of the training [train] and the validation [validation] samples, disjoint.
-
-    Raises:
-        UserError: a class without a sample, or a pool that is too small; the message names it.
-    """
-    classes = classes or len(examples.names)
-    names = [*examples.names, *(str(i) for i in range(len(examples.names), classes))]
-    where = examples.source or "the data"
-    need = train + validation
-    if len(examples) < need:
-        raise UserError(
-            f"{where} has {len(examples)} rows to learn from (a fifth of a file without a column "
-            f"`split` is kept for testing), but {train} + {validation} are to be drawn: pass "
-            f"--train and --validation that add up to {len(examples)} at most"
-        )
-    counts = np.bincount(examples.labels, minlength=classes)
-    if empty := [f"'{names[index]}'" for index in np.flatnonzero(counts == 0)]:
-        raise UserError(
-            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add some, "
-            "or drop it"
-        )
-    if train < classes:
-        raise UserError(f"{train} training samples cannot hold {classes} classes: draw more")
-    generator = np.random.Generator(np.random.PCG64(seed))
-    if balanced:
-        return _draw_balanced(examples.labels, generator, train, validation, names, where)
-    for _ in range(_TRIES):
-        order = np.argsort(generator.random(len(examples)), kind="stable")
-        seen = np.bincount(examples.labels[order[:train]], minlength=classes)
-        if (seen > 0).all():
-            return order[:train], order[train:need]
-    rare = names[int(np.argmin(counts))]
-    raise UserError(
-        f"none of {_TRIES} draws of {train} samples from {where} held class '{rare}' "
-        f"({counts.min()} of {len(examples)} rows): pass --balanced, or draw more samples"
-    )
-
-
-def _draw_balanced(
-    labels: np.ndarray,
-    generator: np.random.Generator,
-    train: int,
-    validation: int,
-    names: Sequence[str],
-    where: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    classes = len(names)
-    order = np.argsort(generator.random(len(labels)), kind="stable")
-    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for index in range(classes):
-        # The first classes take what does not divide evenly.
-        shares = [size // classes + (index < size % classes) for size in (train, validation)]
-        members = order[labels[order] == index]
-        if len(members) < sum(shares):
-            raise UserError(
-                f"{where} has {len(members)} samples of class '{names[index]}', but a balanced "
-                f"draw needs {sum(shares)}: drop --balanced, or draw fewer"
-            )
-        parts[0].append(members[: shares[0]])
-        parts[1].append(members[shares[0] : sum(shares)])
-    mixed = [np.concatenate(part) for part in parts]
-    # By class they would come in blocks, and a batch of a block holds one class only.
-    first, second = (part[np.argsort(generator.random(len(part)), kind="stable")] for part in mixed)
-    return first, second

@@ -14,6 +14,7 @@ from serve.files import atomic_folder
 from trainer.backbone import Backbone
 from trainer.configs import FinetuneConfig
 from trainer.data import Examples
+from trainer.few_shot import draw
 from trainer.figures import figures, fit_temperature
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule
 from trainer.options import checkpoint_folder, result_folder
@@ -23,7 +24,7 @@ from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tasks import Task
 from trainer.tensors import digest
-from trainer.tune import draw, epoch_stream, prompt_gradient, warn_of_one_answer
+from trainer.tune import epoch_stream, prompt_gradient, warn_of_one_answer
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def run_finetune(config: FinetuneConfig) -> None:
     """`python -m trainer finetune`."""
     out = result_folder(config.out)
     task = config.resolve_task()
-    train, validation = draw(config, task, config.load(task, "train"))
+    train, validation = draw(config, task)
     backbone = config.load_backbone(trainable=True)
     data = digest(train.texts, train.labels, validation.texts, validation.labels)
     run = record("finetune", config, backbone_sha256=backbone.sha256, data_sha256=data)

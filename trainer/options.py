@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
-from trainer.data import Examples, load_task
+from trainer.data import Examples, load_task, marks_validation
 from trainer.runs import RUN_FILE
 from trainer.tasks import Task, get_task, task_from_file
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     import torch
 
     from trainer.backbone import Backbone
+
+
+PAPER_TOKENS = 100  # section 5.1
+MINI_TOKENS = 20  # more did no more (model card), and the graph that ships has room for so many
 
 
 @dataclass(kw_only=True)
@@ -56,12 +60,17 @@ class PromptOptions(BackboneOptions):
         help="attention mode: full is the paper's, prefix costs nothing when served, deep trains "
         "the keys and values themselves",
     )  # fmt: skip
-    prompt_tokens: int = option(
-        100,
-        help="P, the number of prompt tokens (paper: 100); a prompt or shipped:NAME as the start "
-        "keeps its own",
+    prompt_tokens: int | None = option(
+        None,
+        help="P, the number of prompt tokens; a prompt or shipped:NAME as the start keeps its own "
+        "(default: 20 for mini, whose exports need no tracing up to there; else the paper's 100)",
         minimum=1,
     )
+
+    @property
+    def tokens(self) -> int:
+        """P, as asked for or as the backbone wants it."""
+        return self.prompt_tokens or (MINI_TOKENS if self.backbone == "mini" else PAPER_TOKENS)
 
 
 @dataclass(kw_only=True)
@@ -112,6 +121,12 @@ class TaskOptions:
             task, split, data=self.data, data_dir=self.data_dir,
             text_column=self.text_column, label_column=self.label_column,
         )  # fmt: skip
+
+    def load_validation(self, task: Task) -> Examples | None:
+        """The rows that --data marks for validation, where it marks others for testing; or None."""
+        if self.data is None or not marks_validation(self.data):
+            return None
+        return self.load(task, "validation")
 
 
 def pick_device(name: str) -> torch.device:

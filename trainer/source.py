@@ -129,7 +129,7 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
 
 
 def _start(config: Any, backbone: Backbone, flag: str) -> Params:
-    params = initial_params(backbone, config.init, config.mode, config.prompt_tokens, config.seed)
+    params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     check_rate(config.rate, config.steps, params, flag)
     return params
 

@@ -13,7 +13,8 @@ import torch
 
 from trainer.backbone import Backbone
 from trainer.configs import TuneConfig
-from trainer.data import Examples, draw_few_shot
+from trainer.data import Examples
+from trainer.few_shot import draw
 from trainer.figures import figures, fit_temperature
 from trainer.initial import initial_params
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Schedule, check_rate
@@ -27,8 +28,6 @@ from trainer.tasks import Task
 from trainer.tensors import digest
 
 log = logging.getLogger(__name__)
-
-_USUAL = 40  # samples to learn from, and as many to choose by (A.4)
 
 
 @dataclass
@@ -107,9 +106,7 @@ def tune(
     """
     scorer = Scorer.of(backbone, task, config.mode)
     if params is None:
-        params = initial_params(
-            backbone, config.init, config.mode, config.prompt_tokens, config.seed
-        )
+        params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     samples = config.batch * config.accumulation
     steps = max(1, math.ceil(config.epochs * len(train) / samples))
     check_rate(config.rate, steps, params)
@@ -163,15 +160,6 @@ def tune(
     return Tuned(Prompt(best, task_record), loop.metrics_text(), loop)
 
 
-def sample_sizes(rows: int, train: int | None, validation: int | None) -> tuple[int, int]:
-    """How many samples to draw from so many rows: what is asked for, else 40 and 40 (A.4), or all
-    of fewer rows, three in five of them to learn from."""
-    if train is None:
-        left = rows - (validation or 0)
-        train = min(_USUAL, max(1, left if validation else math.ceil(0.6 * left)))
-    return train, validation or min(_USUAL, max(1, rows - train))
-
-
 def no_better_than_one_answer(accuracy: float, labels: np.ndarray) -> float | None:
     """The share of the commonest class of `labels` [N], if `accuracy` is not above it by a standard
     error of such a share; else None. What is tuned then tells the classes apart hardly, or not."""
@@ -193,24 +181,11 @@ def warn_of_one_answer(accuracy: float, labels: np.ndarray) -> None:
         )  # fmt: skip
 
 
-def draw(config: Any, task: Task, pool: Examples) -> tuple[Examples, Examples]:
-    """The training and validation samples of the seed."""
-    train, validation = sample_sizes(len(pool), config.train, config.validation)
-    if (train, validation) != (config.train or _USUAL, config.validation or _USUAL):
-        log.info(
-            "%s has %d rows to learn from: %d of them are learned from, %d choose the step "
-            "(%d each where there are as many)",
-            pool.source or task.name, len(pool), train, validation, _USUAL,
-        )  # fmt: skip
-    chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
-    return pool.take(chosen[0]), pool.take(chosen[1])
-
-
 def run_tune(config: TuneConfig) -> None:
     """`python -m trainer tune`."""
     out = result_folder(config.out)
     task = config.resolve_task()
-    train, validation = draw(config, task, config.load(task, "train"))
+    train, validation = draw(config, task)
     backbone = config.load_backbone()
     data = digest(train.texts, train.labels, validation.texts, validation.labels)
     run = record("tune", config, backbone_sha256=backbone.sha256, data_sha256=data)

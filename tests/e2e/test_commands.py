@@ -17,7 +17,8 @@ import trainer.tune as trainer_tune
 from serve.cli import run
 from trainer.__main__ import commands
 from trainer.backbone import load_backbone
-from trainer.data import draw_few_shot, load_examples
+from trainer.data import load_examples
+from trainer.few_shot import draw_few_shot
 from trainer.modes import add_group
 from trainer.prompt import load_prompt
 from trainer.readout import class_scores, collate, compile_template, encode_texts, word_ids

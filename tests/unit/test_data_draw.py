@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from serve.errors import UserError
-from trainer.data import Examples, draw_few_shot, normalise
+from trainer.data import Examples, normalise
+from trainer.few_shot import draw_few_shot
 
 
 def pool(counts: list[int]) -> Examples:

@@ -13,7 +13,8 @@ import pytest
 from demo.__main__ import check_port
 from serve.cli import Command, run
 from serve.errors import Failure, UserError
-from trainer.data import Examples, draw_few_shot
+from trainer.data import Examples
+from trainer.few_shot import draw_few_shot
 from trainer.options import result_folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import serve_toy as toy
 
-from serve import cli, latency
+from serve import bundle, cli, latency
 from serve.__main__ import COMMANDS
 from serve.classifier import Classifier
 
@@ -187,3 +187,16 @@ def test_latency_refuses_files_without_texts(
         texts.write_bytes(content)
     outcome = call("latency", folder, "--texts", texts)
     assert outcome.code == 2 and message in outcome.err
+
+
+def test_info_says_what_a_precision_costs(call, tmp_path: Path) -> None:
+    made = toy.make_bundle(tmp_path / "b")
+    document = json.loads((made / "bundle.json").read_text())
+    document["precisions"]["fp32"]["validation"] = {
+        "task": "film", "texts": 40, "accuracy": 0.85, "accuracy_change": -0.025,
+        "agreement": 0.975,
+    }  # fmt: skip
+    document["checksum"] = bundle._checksum(document)
+    (made / "bundle.json").write_text(json.dumps(document))
+    told = "85.0 % of 40 texts of film right (-2.5 points against fp32), 97.5 % answered as in fp32"
+    assert told in call("info", made).out

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from serve.errors import UserError
 from serve.task import Task as ServedTask
 from serve.tokenize import Encoder
+from trainer import few_shot
 from trainer import finetune as finetune_module
 from trainer import tune as tune_module
 from trainer.backbone import load_backbone
@@ -43,7 +44,7 @@ from trainer.tasks import make_task
 def test_a_small_file_is_used_whole(
     rows: int, asked: tuple[int | None, int | None], drawn: tuple[int, int]
 ) -> None:
-    assert tune_module.sample_sizes(rows, *asked) == drawn
+    assert few_shot.sample_sizes(rows, *asked) == drawn
 
 
 @pytest.mark.parametrize("module", [tune_module, finetune_module])
@@ -122,3 +123,55 @@ def test_an_accuracy_near_one_answers_is_told_of(
     labels = np.repeat(np.arange(len(counts)), counts)
     found = tune_module.no_better_than_one_answer(accuracy, labels)
     assert found == (None if share is None else pytest.approx(share))
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ({}, 20),
+        ({"backbone": "mini"}, 20),
+        ({"backbone": "google-t5/t5-base"}, 100),
+        ({"prompt_tokens": 7}, 7),
+        ({"backbone": "google-t5/t5-base", "prompt_tokens": 7}, 7),
+    ],
+)
+def test_a_prompt_is_as_long_as_its_backbone_is_served_with(
+    flags: dict[str, Any], tokens: int
+) -> None:
+    assert TuneConfig(out="", **flags).tokens == tokens
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_rows_marked_for_validation_choose_the_prompt(tmp_path: Path, balanced: bool) -> None:
+    path = tmp_path / "marked.csv"
+    parts = {"train": 30, "validation": 12, "test": 9}
+    rows = [
+        f"{part} text {i},{('no', 'yes')[i % 2]},{part}"
+        for part in parts
+        for i in range(parts[part])
+    ]
+    path.write_text("text,label,split\n" + "\n".join(rows))
+    settings = {"out": "", "data": str(path), "labels": ["no", "yes"], "balanced": balanced}
+
+    def drawn(**more: Any) -> tuple[Examples, Examples]:
+        config = TuneConfig(**settings, **more)
+        return few_shot.draw(config, config.resolve_task())
+
+    train, held = drawn()
+    assert sorted(train.texts) == sorted(f"train text {i}" for i in range(30))
+    assert sorted(held.texts) == sorted(f"validation text {i}" for i in range(12))
+    train, held = drawn(train=10, validation=4, seed=2)
+    assert len(train) == 10 and all(text.startswith("train") for text in train.texts)
+    assert len(held) == 4 and all(text.startswith("validation") for text in held.texts)
+    assert drawn(train=10, validation=4, seed=3)[1].texts != held.texts
+
+
+def test_without_test_rows_the_marked_ones_are_left_for_testing(tmp_path: Path) -> None:
+    path = tmp_path / "marked.csv"
+    rows = [
+        f"{part} {i},{('no', 'yes')[i % 2]},{part}" for part in ("train", "dev") for i in range(10)
+    ]
+    path.write_text("text,label,split\n" + "\n".join(rows))
+    config = TuneConfig(out="", data=str(path), labels=["no", "yes"])
+    train, held = few_shot.draw(config, config.resolve_task())
+    assert sorted(train.texts + held.texts) == sorted(f"train {i}" for i in range(10))

@@ -13,8 +13,9 @@ import torch
 
 from trainer.backbone import Backbone, load_backbone
 from trainer.configs import FinetuneConfig, MetaConfig, PretrainConfig, TuneConfig
-from trainer.data import Examples, draw_few_shot, load_task
+from trainer.data import Examples, load_task
 from trainer.evaluate import evaluate
+from trainer.few_shot import draw_few_shot
 from trainer.finetune import finetune
 from trainer.initial import initial_params
 from trainer.loop import RunOptions
@@ -178,7 +179,7 @@ def _run_prompt(
     config = TuneConfig(
         out="", mode=mode, prompt_tokens=settings["prompt_tokens"], init=init, **_shared(settings)
     )
-    params = initial_params(backbone, init, mode, config.prompt_tokens, config.seed)
+    params = initial_params(backbone, init, mode, config.tokens, config.seed)
     drawn = config.seed if fresh else 0  # any other start is the same for all seeds
     names = ("backbone", "task", "data", "limit_eval", "max_tokens", "prompt_tokens")
     key = (init, mode, drawn, *(settings[name] for name in names))
