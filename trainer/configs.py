@@ -162,7 +162,11 @@ class EvaluateConfig(TaskOptions):
     Prints a table, and with --json FILE (or - for standard output) the figures as JSON.
     """
 
-    prompt: str = option(help="a prompt folder, or a fully tuned model's", positional=True)
+    prompt: str | None = option(
+        None, positional=True,
+        help="a prompt folder, or a fully tuned model's; none: the template alone on --backbone, "
+        "without any training",
+    )  # fmt: skip
     backbone: str | None = option(None, help="the T5 (default: the one the prompt names)")
     split: str = option(
         "test", help="rows to evaluate on (a set without test rows: its validation rows, or the "
@@ -183,4 +187,8 @@ class EvaluateConfig(TaskOptions):
         "task.json",
     )  # fmt: skip
 
-    examples = ["runs/sst2 --task sst2", "runs/mine --data reviews.csv --split all --json -"]
+    examples = [
+        "runs/sst2 --task sst2",
+        "runs/mine --data reviews.csv --split all --json -",
+        "--data reviews.csv --split all --words bad good   # what mini knows before any training",
+    ]

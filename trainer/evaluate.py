@@ -1,4 +1,4 @@
-"""`python -m trainer evaluate`: how well a prompt, or a fully tuned model, does on a data set."""
+"""`python -m trainer evaluate`: how well a prompt, a fully tuned model, or a template does."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _task_of(config: EvaluateConfig, record: TaskRecord) -> Task:
     Raises:
         UserError: there is no such task, or a flag contradicts the record.
     """
-    if config.task is None and config.data is None:
+    if config.prompt is not None and config.task is None and config.data is None:
         config = replace(config, task=record.name)
     if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
         return config.resolve_task()
@@ -132,8 +132,8 @@ def _match(task: Task, record: TaskRecord) -> list[int]:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """`python -m trainer evaluate`."""
-    path = Path(config.prompt)
-    prompt = _load(path)
+    path = None if config.prompt is None else Path(config.prompt)
+    prompt = Prompt({}, TaskRecord(mode="none")) if path is None else _load(path)
     record = prompt.task
     task = _task_of(config, record)
     if not record.labels:
@@ -146,15 +146,15 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if config.limit:
         examples = examples.sample(config.limit, 0)
     full = record.mode == "none"
-    name = config.backbone or (str(path) if full else record.backbone or "mini")
+    name = config.backbone or (str(path) if full and path else record.backbone or "mini")
     backbone = load_backbone(name, device=pick_device(config.device))
-    if not full:
+    if path and not full:
         check_fits(prompt, backbone, path)
     params = {key: value.to(backbone.device) for key, value in prompt.params.items()}
     result = evaluate(backbone, record, params, examples, quiet=False)
     result = {
-        "prompt": str(path), "task": task.name, "split": config.split, "source": examples.source,
-        "backbone": name, "mode": record.mode, **result, "versions": versions(),
+        "prompt": path and str(path), "task": task.name, "split": config.split,
+        "source": examples.source, "backbone": name, "mode": record.mode, **result, "versions": versions(),
     }  # fmt: skip
     if config.json == "-":
         sys.stdout.write(json.dumps(result) + "\n")
