@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -287,6 +288,25 @@ def test_two_servers_share_one_bundle(folder: Path) -> None:
         answers = [ask(process.connect(), "/classify", body)[:2] for process in (one, other)]
         assert answers[0] == answers[1] and answers[0][0] == 200
         assert (one.end(), other.end()) == (0, 0)
+
+
+def test_a_connection_is_bounded_and_an_upgrade_is_ignored(folder: Path) -> None:
+    body = json.dumps({"text": "good", "task": "film"})
+    with running(folder, "--deadline", "0.5") as process:
+        offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AA"}
+        connection = process.connect()
+        connection.request("POST", "/classify", body, offer)
+        assert connection.getresponse().status == 200
+        for sent, answer in (
+            (b"GET / HTTP/1.1\r\nX: ", b"HTTP/1.1 408"),
+            (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000, b"HTTP/1.1 431"),
+            (b"", b""),
+        ):
+            with socket.create_connection(("127.0.0.1", process.port), 10) as raw:
+                raw.sendall(sent)
+                got = raw.recv(1000)
+                assert got[:12] == answer
+        assert process.end() == 0
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(folder: Path) -> None:
