@@ -104,8 +104,9 @@ class TritonConfig:
     instances: int = option(1, help="batches at the same time, for each GPU if there are several",
                             minimum=1)  # fmt: skip
     threads: int | None = option(
-        None, help="threads of an instance on a CPU; default: this machine's cores", minimum=1
-    )
+        None, minimum=1, maximum=1024,
+        help="threads of an instance on a CPU; default: this machine's cores",
+    )  # fmt: skip
     max_batch: int = option(32, help="texts of a batch", minimum=1)
     max_delay: float = option(
         2.0, help="milliseconds a request may wait for others to share its batch", minimum=0
