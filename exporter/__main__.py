@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from exporter import edit
 from serve.bundle import list_tasks, remove_task
@@ -133,6 +134,8 @@ def run_bundle(config: BundleConfig) -> None:
         raise UserError(f"--format {config.format} needs --single-file: a bundle is ONNX")
     if config.single_file is not None:
         _check_single(config)
+    else:
+        edit.check_out(Path(str(config.out)))  # at once, not after a minute
     from trainer.backbone import load_backbone
 
     backbone = load_backbone(config.backbone)
