@@ -70,9 +70,7 @@ def run_classify(config: ClassifyConfig) -> None:
     from serve.classifier import Classifier
 
     classifier = make_classifier(config, Classifier, spin=True)
-    if not config.task and len(classifier.tasks) != 1:
-        raise UserError(f"--task is missing: the bundle has {', '.join(classifier.tasks)}")
-    task = config.task or next(iter(classifier.tasks))
+    task = config.task or classifier.only_task()
     classifier.task(task)
     for chunk in text_chunks(sys.stdin.buffer, "the input", _CHUNK):
         for result in classifier.classify(chunk, task):
@@ -138,7 +136,11 @@ def run_info(config: InfoConfig) -> None:
         f"{found.size('num_layers')} layers; graphs and weights {size / 2**20:.1f} MiB",
     ]
     for name, entry in header["precisions"].items():
-        figures = [f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, int | float)]
+        figures = [
+            f"{key} {value:.4g}"
+            for key, value in entry.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
         figures += [_cost(entry["validation"])] if "validation" in entry else []
         lines.append(f"precision {name}: {', '.join(figures) or entry['graph']}")
     for name, task in found.tasks.items():

@@ -17,6 +17,7 @@ import serve_toy as toy
 from serve import bundle, cli, latency
 from serve.__main__ import COMMANDS
 from serve.classifier import Classifier
+from serve.errors import UserError
 
 ROOT = Path(cli.__file__).parents[1]
 
@@ -94,7 +95,7 @@ def test_no_input_gives_no_output(folder: Path, call) -> None:
     ("arguments", "message"),
     [
         (["--task", "nothing"], "no task 'nothing': there are film, food"),
-        ([], "--task is missing: the bundle has film, food"),
+        ([], "pass a task (--task): there are film, food"),
         (["--task", "film", "--precision", "int8"], "it has fp32, fp16"),
         (["--task", "film", "--threads", "0"], "--threads must be at least 1"),
         (["--task", "film", "--bank-memory", "inf"], "--bank-memory takes a finite number"),
@@ -287,3 +288,23 @@ def test_null_stands_for_nothing_where_nothing_may_stand(folder: Path, call, tmp
     (tmp_path / "c.json").write_text('{"threads": null, "task": "film", "providers": null}')
     outcome = call("classify", folder, "--config", tmp_path / "c.json", stdin=b"good\n")
     assert outcome.code == 0
+
+
+def test_a_bundle_without_tasks_says_how_to_add_one(call, tmp_path: Path) -> None:
+    made = toy.make_bundle(tmp_path / "b")
+    for name in ("film", "food"):
+        bundle.remove_task(made, name)
+    for more in ([], ["--task", "film"]):
+        outcome = call("classify", made, *more, stdin=b"good\n")
+        assert outcome.code == 2 and "none, add one with python -m exporter add" in outcome.err
+    with pytest.raises(UserError, match="it has none, add one with"):
+        bundle.remove_task(made, "film")
+
+
+def test_info_leaves_out_what_is_no_figure(call, tmp_path: Path) -> None:
+    made = toy.make_bundle(tmp_path / "b")
+    document = json.loads((made / "bundle.json").read_text())
+    document["precisions"]["fp32"] |= {"weight_bits": 7, "per_channel": True}
+    document["checksum"] = bundle._checksum(document)
+    (made / "bundle.json").write_text(json.dumps(document))
+    assert "precision fp32: weight_bits 7\n" in call("info", made).out
