@@ -100,6 +100,18 @@ def test_null_is_as_good_as_nothing() -> None:
     assert "id" not in answer and len(answer["outputs"]) == 4
 
 
+@pytest.mark.parametrize("path", ["live", "ready"])
+def test_health_answers_head_as_it_does_get(path: str) -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        assert (await client.head(f"/v2/health/{path}")).status_code == 200
+        app.drain()
+        status = (await client.get(f"/v2/health/{path}")).status_code
+        assert (await client.head(f"/v2/health/{path}")).status_code == status
+
+    serve(story)
+    assert ask("POST", f"/v2/health/{path}", 405)["error"].endswith("takes GET")
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -165,6 +177,11 @@ def test_infer_answers_400_to_binary_tensors() -> None:
 )
 def test_404_for_what_is_not_there(method: str, path: str) -> None:
     ask(method, path, 404, json=infer("a"))
+
+
+def test_an_unknown_task_is_404_whatever_the_body() -> None:
+    ask("POST", "/v2/models/nothing/infer", 404, content=b"{")
+    ask("POST", "/v2/models/film/infer", 400, content=b"{")
 
 
 def test_405_names_the_method_that_a_route_takes() -> None:
