@@ -10,7 +10,7 @@ import base64
 import hmac
 import json
 from collections.abc import Awaitable, Callable
-from importlib import metadata
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response, Security
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from serve.http import App
 
 INTERNAL = "internal error; the server's log says why"
+# What the page of the routes may do: ask this server, and nobody else.
+_PAGE = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+}
 _ADMIN_BODY = 64 * 2**20  # bytes; the prompt of mode deep takes some megabytes in base64
 
 
@@ -51,6 +56,9 @@ def make_routes(app: App, admin_token: str | None) -> FastAPI:
         description=openapi.DESCRIPTION,
         # Texts of users are in errors otherwise, and the routes check their input themselves.
         debug=False,
+        # The framework's own pages load their programs from the internet; ours is `docs.html`.
+        docs_url=None,
+        redoc_url=None,
     )
 
     async def on_error(request: Request, error: Exception) -> Response:
@@ -107,6 +115,12 @@ def _models(api: FastAPI, app: App, admin: bool) -> None:
     async def index() -> Response:
         tasks = {name: task.labels for name, task in app.classifier.tasks.items()}
         return _json({"tasks": tasks, "documentation": "/docs"})
+
+    page = resources.files("serve").joinpath("docs.html").read_bytes()
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE)
 
     @api.get("/v2", tags=["protocol v2"], summary="The server")
     async def server() -> Response:

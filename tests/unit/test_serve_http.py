@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -92,6 +93,18 @@ def test_the_openapi_document_has_every_route_with_an_example() -> None:
         assert body["example"] and paths[path]["post"]["responses"]["429"]
     assert "/v2/repository/models/{task}/load" in paths
     assert not any("repository" in p for p in ask("GET", "/openapi.json", 200, None)["paths"])
+
+
+def test_the_page_of_the_routes_loads_nothing_from_elsewhere() -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        page = await client.get("/docs")
+        assert page.status_code == 200
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "//" not in re.sub(r"^\s*//.*$", "", page.text, flags=re.MULTILINE)
+        assert (await client.get("/redoc")).status_code == 404
+
+    serve(story)
 
 
 def test_null_is_as_good_as_nothing() -> None:
