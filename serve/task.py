@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,10 +77,10 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
     check_name(name)
     known = {item.name for item in dataclasses.fields(Task)}
     values = {key: value for key, value in record.items() if key in known - {"name", "arrays"}}
-    try:
-        task = Task(name=name, **values)
-    except TypeError as error:
-        raise UserError(f"task '{name}': {error}") from None
+    for item in dataclasses.fields(Task):
+        optional = item.default is not MISSING or item.default_factory is not MISSING
+        need(optional or item.name in {"name", *values}, f"task '{name}': '{item.name}' is missing")
+    task = Task(name=name, **values)
     vocabulary, longest = header["backbone"]["vocab_size"], header["max_tokens"]
 
     def texts(value: Any) -> bool:

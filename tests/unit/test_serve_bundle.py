@@ -150,7 +150,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda d: d["tasks"]["film"].update(labels=["a", "\ud800"]), "'labels'"),
         (lambda d: d["tasks"]["film"].update(info=[]), "'info' must be an object"),
         (lambda d: d["tasks"]["film"].update(suffix_ids=[1] * 64), "no room"),
-        (lambda d: d["tasks"]["film"].pop("labels"), "labels"),
+        (lambda d: d["tasks"]["film"].pop("labels"), "'labels' is missing"),
         (lambda d: d.pop("tasks"), "tasks"),
         (lambda d: d.update(tasks=[]), "not valid"),
     ],
