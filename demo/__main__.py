@@ -30,7 +30,9 @@ class DemoConfig:
         None, help="the backbone of the bundle, for teaching (default: as the bundle names it)"
     )
     precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
-    threads: int | None = option(None, help="threads; default: the physical cores", minimum=1)
+    threads: int | None = option(
+        None, help="threads; default: the physical cores", minimum=1, maximum=1024
+    )
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     port: int | None = option(
         None, help="port to listen on (default: the first free one from 7860)",

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from serve.bundle import Arrays
 from serve.classifier import Classifier, Result
-from serve.classifier import check_text as check_encodable
 from serve.errors import UserError
+from serve.prompt import Arrays
 from serve.task import Task
+from serve.tokenize import check_text as check_encodable
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from exporter import edit
 from serve.bundle import list_tasks, remove_task
@@ -104,8 +105,9 @@ class TritonConfig:
     instances: int = option(1, help="batches at the same time, for each GPU if there are several",
                             minimum=1)  # fmt: skip
     threads: int | None = option(
-        None, help="threads of an instance on a CPU; default: this machine's cores", minimum=1
-    )
+        None, minimum=1, maximum=1024,
+        help="threads of an instance on a CPU; default: this machine's cores",
+    )  # fmt: skip
     max_batch: int = option(32, help="texts of a batch", minimum=1)
     max_delay: float = option(
         2.0, help="milliseconds a request may wait for others to share its batch", minimum=0
@@ -132,6 +134,8 @@ def run_bundle(config: BundleConfig) -> None:
         raise UserError(f"--format {config.format} needs --single-file: a bundle is ONNX")
     if config.single_file is not None:
         _check_single(config)
+    else:
+        edit.check_out(Path(str(config.out)))  # at once, not after a minute
     from trainer.backbone import load_backbone
 
     backbone = load_backbone(config.backbone)

@@ -1,7 +1,9 @@
-"""Tasks of a bundle that is there: added, removed and listed without torch and without tracing."""
+"""A bundle that is there, without torch and without tracing: its tasks added, removed and listed,
+and whether it may be replaced."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,6 +13,13 @@ from serve import bundle as bundles
 from serve.bundle import Bundle
 from serve.errors import Failure, UserError
 from serve.task import Task
+
+# The files of a bundle, of any version of it, the demo's description of it (`trainer.bonnet`), and
+# what a writer that was killed left of them.
+_IN_BUNDLE = re.compile(
+    r"bundle\.json|bonnet\.json|tokenizer\.json|\.lock|(model|prefix)(\.\w+)?\.onnx|weights(\.\w+)?\.data"
+    r"|prompts/[^/]+\.safetensors|(prompts/)?\.[^/]+\.tmp"
+)
 
 
 def add(folder: Path | str, prompt: Path | str, name: str | None = None) -> Task:
@@ -78,3 +87,18 @@ def describe(folder: Path | str) -> str:
             f"  {name:<{width}}  {task.size_bytes / 1024:7.0f} KiB  {', '.join(task.labels)}"
         )
     return "\n".join(lines)
+
+
+def check_out(out: Path) -> None:
+    """Raises: UserError when replacing `out` would take away more than a bundle."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "bundle.json").is_file():
+        raise UserError(f"{out} is not empty and not a bundle: pass another --out")
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if not path.is_dir() and not _IN_BUNDLE.fullmatch(name):
+            raise UserError(
+                f"{out} holds {name}, which is no part of a bundle, and would be replaced as a "
+                "whole: move it, or pass another --out"
+            )

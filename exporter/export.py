@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import onnx
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from exporter.edit import check_out
 from exporter.graph import ServedGraph
 from exporter.measure import Validation, answer, compare, load_validation, refuse
 from exporter.precision import PRECISIONS, fp16_onnx, int8_onnx
@@ -30,11 +30,6 @@ log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512  # longest row of a bundle, template included; T5's positions are relative
 WEIGHTS = "weights.data"
-# The files of a bundle, of any version of it, and what a writer that was killed left of them.
-_IN_BUNDLE = re.compile(
-    r"bundle\.json|tokenizer\.json|\.lock|(model|prefix)(\.\w+)?\.onnx|weights(\.\w+)?\.data"
-    r"|prompts/[^/]+\.safetensors|(prompts/)?\.[^/]+\.tmp"
-)
 
 
 @dataclass
@@ -148,7 +143,7 @@ def export_bundle(
             loses too much.
     """
     out = Path(out)
-    _check_out(out)
+    check_out(out)
     for name in precisions:
         if name not in PRECISIONS:
             raise UserError(f"--precision '{name}' is unknown: use {', '.join(PRECISIONS)}")
@@ -178,21 +173,6 @@ def export_bundle(
             arrays = {key: value.numpy() for key, value in slot.params.items()}
             bundles.add_task(folder, name, record, bundle_arrays(arrays))
     return bundles.load(out, verify=False)
-
-
-def _check_out(out: Path) -> None:
-    """Raises: UserError when replacing `out` would take away more than a bundle."""
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / "bundle.json").is_file():
-        raise UserError(f"{out} is not empty and not a bundle: pass another --out")
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if not path.is_dir() and not _IN_BUNDLE.fullmatch(name):
-            raise UserError(
-                f"{out} holds {name}, which is no part of a bundle, and would be replaced as a "
-                "whole: move it, or pass another --out"
-            )
 
 
 def _measure(

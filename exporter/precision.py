@@ -10,6 +10,8 @@ import logging
 import platform
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,19 @@ def halve_bank(model: onnx.ModelProto) -> int:
     return count
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what onnxruntime's converters log: advice to take steps that are taken already, and
+    whole nodes as protobuf prints them."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def int8_onnx(graph: Path, target: str = "any") -> tuple[onnx.ModelProto, dict[str, Any]]:
     """Weights in 8 or 7 bits per output channel, activations quantized as they come; the bank in
     half precision.
@@ -185,26 +200,20 @@ def int8_onnx(graph: Path, target: str = "any") -> tuple[onnx.ModelProto, dict[s
         raise UserError(f"--int8-target '{target}' is unknown: use auto, {', '.join(INT8)}")
     kind = INT8[target]
     wanted = [node.name for node in weight_products(onnx.load(graph, load_external_data=False))]
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it recommends, on the root logger, a step that is done already
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "int8.onnx"
-            quantize_dynamic(
-                graph,
-                path,
-                op_types_to_quantize=["MatMul"],
-                nodes_to_quantize=wanted,
-                per_channel=True,
-                reduce_range=kind.bits == 7,
-                weight_type=QuantType.QInt8 if kind.signed else QuantType.QUInt8,
-                use_external_data_format=True,
-                extra_options={"MatMulConstBOnly": True},
-            )
-            model = onnx.load(path)
-    finally:
-        root.setLevel(level)
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=wanted,
+            per_channel=True,
+            reduce_range=kind.bits == 7,
+            weight_type=QuantType.QInt8 if kind.signed else QuantType.QUInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        model = onnx.load(path)
     count = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
     if count == 0 or count != len(wanted):
         raise Failure(
@@ -263,13 +272,14 @@ def fp16_onnx(graph: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
     model = onnx.load(graph)
     products = weight_products(model)
     wide = [node.name for node in products if OVERFLOWING.search(node.input[1])]
-    model = convert_float_to_float16(
-        model,
-        keep_io_types=False,
-        op_block_list=list(WIDE),
-        node_block_list=wide,
-        disable_shape_infer=False,
-    )
+    with _quiet():
+        model = convert_float_to_float16(
+            model,
+            keep_io_types=False,
+            op_block_list=list(WIDE),
+            node_block_list=wide,
+            disable_shape_infer=False,
+        )
     join_wide(model)
     half = sum(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer)
     if half == 0:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
 from serve.files import read_json
-from serve.task import NAME
+from serve.task import COOLEST, HOTTEST, NAME, is_count, is_temperature, is_text, need
 
 WEIGHTS = "adapter_model.safetensors"
 TEXT, BLANK, END = "{text}", "<extra_id_0>", "</s>"
@@ -50,12 +50,25 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
         raise Failure(
             f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again"
         ) from None
-    config = folder / "adapter_config.json"
-    virtual = read_json(config).get("num_virtual_tokens") if config.is_file() else None
+    virtual = _virtual_tokens(folder / "adapter_config.json")
     prompt = arrays.get("prompt_embeddings")
     if prompt is not None and virtual and prompt.ndim == 2 and prompt.shape[0] == 2 * virtual:
         arrays["prompt_embeddings"] = prompt[:virtual]  # PEFT's default: encoder and decoder
     return task, {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
+
+
+def _virtual_tokens(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise Failure(f"{path} must hold a JSON object: train the prompt again")
+    virtual = config.get("num_virtual_tokens")
+    need(
+        virtual is None or is_count(virtual),
+        f"{path}: 'num_virtual_tokens' must be a positive whole number",
+    )
+    return virtual
 
 
 def _read_arrays(path: Path) -> Arrays:
@@ -88,29 +101,46 @@ def task_record(task: Mapping[str, Any], tokenizer: Tokenizer, source: object) -
         source: the prompt's path, named in errors.
 
     Raises:
-        UserError: labels and words do not fit, a word is not one token, or the template lacks a
-            part.
+        UserError: a field is not of its type, labels and words do not fit, a word is not one token,
+            or the template lacks a part.
     """
-    labels, words = list(task.get("labels") or []), list(task.get("words") or [])
+    labels, words = (_texts(task, key, source) for key in ("labels", "words"))
     if len(labels) < 2 or len(labels) != len(words):
         raise UserError(
             f"{source} has {len(labels)} labels and {len(words)} label words in its task.json: a "
             "task needs at least two labels with one word each"
         )
-    before, after = template_ids(str(task.get("template") or ""), tokenizer, source)
+    template, temperature = task.get("template") or "", task.get("temperature") or 1.0
+    most = task.get("max_tokens") or 0
+    need(is_text(template), f"{source}: 'template' in its task.json must be text")
+    need(
+        is_temperature(temperature),
+        f"{source}: 'temperature' in its task.json must be a number from {COOLEST:g} to "
+        f"{HOTTEST:g}, not {str(temperature)[:40]}",
+    )
+    need(is_count(most, 0), f"{source}: 'max_tokens' in its task.json must be a whole number")
+    before, after = template_ids(template, tokenizer, source)
     kept = ("method", "seed", "figures", "backbone")
     return {
         "labels": labels,
         "words": words,
         "word_ids": word_ids(words, tokenizer, source),
-        "template": task["template"],
+        "template": template,
         "prefix_ids": before,
         "suffix_ids": after,
-        "temperature": float(task.get("temperature") or 1.0),
-        # What `evaluate` measured is what is served.
-        "max_tokens": int(task.get("max_tokens") or 0),
+        "temperature": float(temperature),
+        "max_tokens": most,  # what `evaluate` measured is what is served
         "info": {name: task[name] for name in kept if task.get(name) not in (None, "", {})},
     }
+
+
+def _texts(task: Mapping[str, Any], key: str, source: object) -> list[str]:
+    value = task.get(key) or []
+    need(
+        isinstance(value, list | tuple) and all(is_text(item) for item in value),
+        f"{source}: '{key}' in its task.json must be a list of words",
+    )
+    return list(value)
 
 
 def template_ids(

@@ -54,6 +54,8 @@ def export_single(
         kind: `onnx` or `torchscript`; precision: `fp32`, for onnx also `int8`.
         name: of the task; by default the one in the prompt's record.
         int8_target: see `exporter.precision.int8_onnx`.
+        max_tokens: longest row, template included; the file's JSON has it, or less where the
+            prompt was tuned on less.
 
     Returns:
         The largest difference of a logit to torch.
@@ -70,6 +72,7 @@ def export_single(
     if out.is_dir():
         raise UserError(f"--single-file {out} is a folder: pass the name of a file")
     job = prepare([prompt], backbone, names=[name] if name is not None else [])
+    task = _task_json(job, max_tokens)
     served = ServedGraph(backbone.t5, backbone.decoder_ids, job.mode, job.tokens).eval()
     words = torch.tensor(job.slots[0].words)
     graph = SingleFileGraph(served, job.slots[0].params, words).eval()
@@ -77,19 +80,27 @@ def export_single(
     arguments = (values["input_ids"], values["attention_mask"])
     with atomic_write(out) as temporary:
         if kind == "torchscript":
-            logits = _write_torchscript(graph, arguments, temporary, _task_json(job))
+            logits = _write_torchscript(graph, arguments, temporary, task)
         else:
             target = int8_target if precision == "int8" else None
-            logits = _write_onnx(graph, arguments, temporary, _task_json(job), target)
+            logits = _write_onnx(graph, arguments, temporary, task, target)
         worst = difference(logits, job.slots, backbone, job.mode, max_tokens)
         if precision == "fp32":
             check(worst, f"the {kind} file")
         return worst
 
 
-def _task_json(job: Job) -> str:
-    kept = ("labels", "words", "template", "prefix_ids", "suffix_ids", "temperature", "max_tokens")
-    return json.dumps({"name": job.names[0], **{key: job.records[0][key] for key in kept}})
+def _task_json(job: Job, max_tokens: int) -> str:
+    record = job.records[0]
+    template = len(record["prefix_ids"]) + len(record["suffix_ids"])
+    if template >= max_tokens:
+        raise UserError(
+            f"--max-tokens {max_tokens} leaves no room for a text: the template takes {template}"
+        )
+    kept = ("labels", "words", "template", "prefix_ids", "suffix_ids", "temperature")
+    longest = min(max_tokens, record["max_tokens"] or max_tokens)
+    values = {key: record[key] for key in kept}
+    return json.dumps({"name": job.names[0], **values, "max_tokens": longest})
 
 
 def _write_onnx(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from serve.cli import Command, main, option
 from serve.errors import UserError, install
-from serve.files import text_lines
+from serve.files import text_chunks
 from serve.latency import LatencyConfig, run_latency
 from serve.options import (
     ClusterConfig,
@@ -21,14 +20,15 @@ from serve.options import (
     make_limits,
 )
 
-_CHUNK = 512  # lines classified together: enough to sort by length, little enough to stream
+_CHUNK = 512  # lines classified together at most: enough to sort by length, little enough to stream
 
 
 @dataclass
 class ClassifyConfig(ModelConfig):
     """Classify lines of standard input; write one JSON line for each, in order.
 
-    An empty line is a text too: it is answered from the template alone.
+    An empty line is a text too: it is answered from the template alone. Lines are classified
+    together when they are there together; one that comes alone is answered at once.
     """
 
     task: str = option("", help="name of the task; may be left out when the bundle has only one")
@@ -65,32 +65,14 @@ class InfoConfig:
     examples: ClassVar[list[str]] = ["bundle", "bundle --json"]
 
 
-def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    try:
-        for line in lines:
-            chunk.append(line)
-            if len(chunk) == _CHUNK:
-                yield chunk
-                chunk = []
-    except UserError:
-        if chunk:
-            yield chunk  # what came before the bad line is answered
-        raise
-    if chunk:
-        yield chunk
-
-
 def run_classify(config: ClassifyConfig) -> None:
     """Classify standard input."""
     from serve.classifier import Classifier
 
     classifier = make_classifier(config, Classifier, spin=True)
-    if not config.task and len(classifier.tasks) != 1:
-        raise UserError(f"--task is missing: the bundle has {', '.join(classifier.tasks)}")
-    task = config.task or next(iter(classifier.tasks))
+    task = config.task or classifier.only_task()
     classifier.task(task)
-    for chunk in _chunks(text_lines(sys.stdin.buffer, "the input")):
+    for chunk in text_chunks(sys.stdin.buffer, "the input", _CHUNK):
         for result in classifier.classify(chunk, task):
             answer = {
                 "label": result.label,
@@ -154,7 +136,11 @@ def run_info(config: InfoConfig) -> None:
         f"{found.size('num_layers')} layers; graphs and weights {size / 2**20:.1f} MiB",
     ]
     for name, entry in header["precisions"].items():
-        figures = [f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, int | float)]
+        figures = [
+            f"{key} {value:.4g}"
+            for key, value in entry.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
         figures += [_cost(entry["validation"])] if "validation" in entry else []
         lines.append(f"precision {name}: {', '.join(figures) or entry['graph']}")
     for name, task in found.tasks.items():

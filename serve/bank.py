@@ -24,6 +24,7 @@ from serve.task import Task
 
 Key = tuple[str, str, tuple[int, ...]]
 _HALF = 65504.0  # the largest number of half precision
+_FEWEST = 2  # labels of a task
 Compute = Callable[[Task], Mapping[str, np.ndarray]]
 
 
@@ -90,7 +91,7 @@ class Bank:
             name: np.zeros((count, *shape), kind) for name, (shape, kind) in shapes.items()
         }
         self._arrays["bank_length"] = np.ones(count, np.int64)
-        self._arrays["label_ids"] = np.full((count, 2), -1, np.int64)
+        self._arrays["label_ids"] = np.full((count, _FEWEST), -1, np.int64)
         self._inputs: dict[str, ort.OrtValue] = {}
         self._free = list(range(count - 1, -1, -1))
         self._used: OrderedDict[Key, int] = OrderedDict()  # least recently used first
@@ -161,7 +162,18 @@ class Bank:
                 self._used.move_to_end(key)
                 self._pins[key] = self._pins.get(key, 0) + 1
                 self._dropped.discard(key)  # it came back before it could go
-            return View([self._used[key] for key in keys], self._inputs)
+            return View([self._used[key] for key in keys], self._narrow(keys))
+
+    def _narrow(self, keys: list[Key]) -> dict[str, ort.OrtValue]:
+        """The inputs, with no more labels to a task than those of `keys` have: the graph scores
+        every column for every row, and one task of a thousand labels would be paid for by all."""
+        labels = self._arrays["label_ids"]
+        width = max([_FEWEST, *(len(word_ids) for _, _, word_ids in keys)])
+        if width >= labels.shape[1]:
+            return self._inputs
+        # Like a batch's texts it lies on the CPU: a GPU's copy is made on the run's own stream.
+        own = np.ascontiguousarray(labels[:, :width])
+        return {**self._inputs, "label_ids": on_device(own, "cpu")}
 
     def _place(
         self, key: Key, task: Task, arrays: Mapping[str, np.ndarray], wanted: set[Key]

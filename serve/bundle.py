@@ -33,7 +33,8 @@ import numpy as np
 
 from serve.errors import Failure, UserError, explain_os_error
 from serve.files import atomic_write, read_json, sha256, write_json
-from serve.task import Task, is_count, make_task, need
+from serve.prompt import Arrays, check_prompt, parse_prompt
+from serve.task import Task, is_count, make_task, need, which
 
 FORMAT = "metapt-bundle"
 VERSION = 1
@@ -42,8 +43,6 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]*")  # of a path: no "..", no se
 _SIZES = ("d_model", "num_layers", "num_heads", "d_kv", "vocab_size")
 _OWN = ("format", "version", "tasks", "files", "checksum")  # keys that this module writes
 _KEPT = 3600.0  # seconds that a prompt stays after its task was replaced or removed
-
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -249,59 +248,6 @@ def _check_header(header: Mapping[str, Any]) -> None:
         _check_path(name)
 
 
-def parse_prompt(data: bytes, bundle: Bundle, source: str) -> dict[str, np.ndarray]:
-    """The arrays of a prompt file's bytes, as float32, with shapes checked (see `read_prompt`).
-
-    Raises:
-        Failure: the bytes are not safetensors, or the shapes are not the backbone's.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
-
-    try:
-        arrays = parse(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{source} is not a safetensors file ({error}): make it again") from None
-    try:
-        return check_prompt(arrays, bundle)
-    except UserError as error:
-        raise Failure(f"{source}: {error}") from None
-
-
-def check_prompt(prompt: np.ndarray | Arrays, bundle: Bundle) -> dict[str, np.ndarray]:
-    """The arrays of a prompt as contiguous float32.
-
-    Raises:
-        UserError: an array is missing, not of the backbone's shape, or not finite.
-    """
-    arrays = {"prompt_embeddings": prompt} if isinstance(prompt, np.ndarray) else dict(prompt)
-    main = "states" if bundle.mode == "deep" else "prompt_embeddings"  # [p, D] either way
-    if main not in arrays:
-        raise UserError(f"the prompt has no '{main}', it has {sorted(arrays)}")
-    width = bundle.size("d_model")
-    shape = arrays[main].shape
-    if len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= bundle.prompt_tokens:
-        raise UserError(
-            f"the prompt holds {list(shape)}, but the bundle's backbone "
-            f"'{bundle.header['backbone'].get('id')}' is {width} wide and its graph takes 1 to "
-            f"{bundle.prompt_tokens} prompt tokens: train it on this backbone, or export again"
-        )
-    expected: dict[str, tuple[int, ...]] = {main: shape}
-    if bundle.mode == "deep":
-        layers, heads, narrow = (bundle.size(key) for key in ("num_layers", "num_heads", "d_kv"))
-        expected["kv"] = (layers, 2, heads, shape[0], narrow)
-    result = {}
-    for key, wanted in expected.items():
-        if key not in arrays or arrays[key].shape != wanted:
-            have = list(arrays[key].shape) if key in arrays else "nothing"
-            raise UserError(f"the prompt's '{key}' holds {have}, but mode {bundle.mode} needs "
-                            f"{list(wanted)}")  # fmt: skip
-        result[key] = np.ascontiguousarray(arrays[key], dtype=np.float32)
-        if not np.isfinite(result[key]).all():
-            raise UserError(f"the prompt's '{key}' holds values that are not finite")
-    return result
-
-
 def create(folder: str | Path, header: Mapping[str, Any]) -> Bundle:
     """Make a bundle without tasks of a folder that already holds the graphs, their weights and
     `tokenizer.json`; every file in it is hashed into `bundle.json`.
@@ -386,7 +332,7 @@ def remove_task(folder: str | Path, name: str) -> None:
     folder = Path(folder)
     with _locked(folder) as bundle:
         if name not in bundle.tasks:
-            raise UserError(f"{folder} has no task '{name}': it has {', '.join(bundle.tasks)}")
+            raise UserError(f"{folder} has no task '{name}': {which(bundle.tasks)}")
         _write_without(bundle, bundle.tasks.pop(name))
 
 

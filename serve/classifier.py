@@ -27,8 +27,9 @@ from serve.constants import Constants
 from serve.engine import CUDA, Engine, choose_providers, on_device, physical_cores, share_cores
 from serve.errors import Failure, UserError
 from serve.plan import BatchLimits, in_groups, plan
-from serve.task import Task, make_task
-from serve.tokenize import Encoded, Encoder
+from serve.prompt import Arrays, check_prompt
+from serve.task import Task, make_task, which
+from serve.tokenize import Encoded, Encoder, check_text
 
 log = logging.getLogger(__name__)
 
@@ -178,14 +179,14 @@ class Classifier:
         """
         found = self.tasks.get(name)
         if found is None:
-            raise UserError(f"no task '{name}': there are {', '.join(self.tasks) or 'none'}")
+            raise UserError(f"no task '{name}': {which(self.tasks, 'there are')}")
         return found
 
     def add_task(
         self,
         name: str,
         record: Mapping[str, Any] | None = None,
-        prompt: np.ndarray | bundles.Arrays | None = None,
+        prompt: np.ndarray | Arrays | None = None,
     ) -> Task:
         """Serve a task, or its new version, from now on. Texts under way keep the old version.
 
@@ -205,7 +206,7 @@ class Classifier:
         self,
         name: str,
         record: Mapping[str, Any] | None = None,
-        prompt: np.ndarray | bundles.Arrays | None = None,
+        prompt: np.ndarray | Arrays | None = None,
     ) -> Task:
         """The checked task that `add_task` would serve, with its prompt in `arrays`."""
         if record is None or prompt is None:
@@ -213,14 +214,11 @@ class Classifier:
             if self.bundle.has_other_graphs(fresh):  # a prompt belongs to the weights it saw
                 raise Failure(f"{fresh.folder} has other graphs now: restart the server")
             if name not in fresh.tasks:
-                raise UserError(
-                    f"{fresh.folder} has no task '{name}': it has "
-                    f"{', '.join(fresh.tasks) or 'none'}"
-                )
+                raise UserError(f"{fresh.folder} has no task '{name}': {which(fresh.tasks)}")
             task = fresh.tasks[name]
             arrays = fresh.read_prompt(task)
         else:
-            arrays = bundles.check_prompt(prompt, self.bundle)
+            arrays = check_prompt(prompt, self.bundle)
             digest = hashlib.sha256(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
             values = {key: record[key] for key in record if key not in ("prompt", "sha256")}
             task = make_task(name, values, self.bundle.header)
@@ -279,12 +277,24 @@ class Classifier:
 
     # ---- the three stages --------------------------------------------------------------------
 
-    def classify(self, texts: Iterable[str], task: str | Sequence[str]) -> list[Result]:
+    def only_task(self) -> str:
+        """The name of the bundle's task, for who names none.
+
+        Raises:
+            UserError: there are several, or there is none.
+        """
+        if len(self.tasks) != 1:
+            raise UserError(f"pass a task (--task): {which(self.tasks, 'there are')}")
+        return next(iter(self.tasks))
+
+    def classify(
+        self, texts: Iterable[str], task: str | Sequence[str] | None = None
+    ) -> list[Result]:
         """Classify texts, each by its task, in length-sorted batches under the token budget.
 
         Args:
             texts: any number; an empty text is classified by its template alone.
-            task: one task's name for all, or one name per text.
+            task: one task's name for all, or one name per text; None where there is only one.
 
         Returns:
             One result per text, in the order of the texts.
@@ -292,8 +302,17 @@ class Classifier:
         Raises:
             UserError: an unknown task, something that is not text, or lists of two lengths.
         """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            kind = type(texts).__name__
+            raise UserError(f"texts is one {kind}, not a list of texts: pass [text]")
         texts = list(texts)
+        if task is None:
+            task = self.only_task()
+        if not isinstance(task, Iterable) or isinstance(task, bytes):
+            raise UserError("task must be a task's name, or a list of one name for each text")
         names = [task] * len(texts) if isinstance(task, str) else list(task)
+        if not all(isinstance(name, str) for name in names):
+            raise UserError("task must be a list of names, one for each text")
         if len(names) != len(texts):
             raise UserError(
                 f"{len(texts)} texts, but {len(names)} tasks: give one task, or as many"
@@ -383,16 +402,3 @@ class Classifier:
                 )
             )
         return results
-
-
-def check_text(text: Any, where: str) -> None:
-    """Raises: UserError when `text` is not a string that has a UTF-8 form."""
-    if not isinstance(text, str):
-        raise UserError(f"{where} is not text but {type(text).__name__}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where} holds half of a surrogate pair, which is no character"
-            ) from None

@@ -18,6 +18,7 @@ A command of one configuration gets `--config FILE` as well: a JSON object of fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -37,6 +38,7 @@ from serve.errors import Failure, UserError, explain_os_error, install
 from serve.files import read_json
 
 _NOISY = ("httpx", "urllib3", "filelock", "sentence_transformers", "transformers", "matplotlib")
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def option(
@@ -101,24 +103,32 @@ def _plain_type(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
 def _convert(field: dataclasses.Field[Any], kind: type, value: Any, flag: str) -> Any:
     """Check one value against the field's type, choices and bounds.
 
     Raises:
         UserError: naming the flag and what it takes.
     """
+    shown = "null" if value is None else repr(value)
     if kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{flag} takes true or false, not {value!r}")
+            raise UserError(f"{flag} takes true or false, not {shown}")
         return value
     try:
-        # A JSON 3.0 for an int would be silently cut by int(); a bool would become 0 or 1.
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        # A JSON 3.0 for an int would be silently cut by int(); a bool would become 0 or 1. And
+        # everything can be made text: null the name 'None'.
+        if isinstance(value, bool | dict | list) or value is None:
+            raise ValueError
+        if kind is int and isinstance(value, float):
             raise ValueError
         result = kind(value)
     except (TypeError, ValueError):
-        word = {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
-        raise UserError(f"{flag} takes {word}, not {value!r}") from None
+        word = {int: "a whole number", float: "a number", str: "text"}.get(kind)
+        raise UserError(f"{flag} takes {word or f'a {kind.__name__}'}, not {shown}") from None
     meta = field.metadata
     if meta.get("choices") and result not in meta["choices"]:
         raise UserError(f"{flag} takes one of {', '.join(meta['choices'])}, not {value!r}")
@@ -197,7 +207,7 @@ def build_config(config: type, values: Mapping[str, Any]) -> Any:
             continue
         value = values[name]
         kind, many = _plain_type(hints[name])
-        if value is None and not required:
+        if value is None and _may_be_none(hints[name]):
             checked[name] = None
         elif many:
             if not isinstance(value, list | tuple):
@@ -265,13 +275,50 @@ def run(prog: str, description: str, commands: Commands, argv: Sequence[str]) ->
 
 def guarded(work: Callable[[], int | None]) -> int:
     """Do a command's work, and turn what goes wrong into one line and an exit code."""
+    _open_streams()
+    code = 0
+    try:
+        code = _told(work)
+    finally:  # also where argparse ends with its help
+        code = _flushed(code)
+    return code
+
+
+def _open_streams() -> None:
+    """A stream that the caller has closed is None: nothing comes from there, and nothing goes."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _flushed(code: int) -> int:
+    """The exit code, after what is left of the output was written.
+
+    Where nobody takes it Python would say so at its end in its own words, with exit code 120.
+    """
+    try:
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        _drop_output()
+        if not code and not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"error: {explain_os_error(error)}\n")
+        return code or 1
+
+
+def _drop_output() -> None:
+    with contextlib.suppress(OSError):  # a test's output has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except (UserError, Failure) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
         sys.stderr.write(f"error: {explain_os_error(error)}\n")
@@ -294,8 +341,17 @@ def main(prog: str, description: str, commands: Commands) -> typing.NoReturn:
 
 
 def prepare(form: str = "%(message)s") -> None:
-    """What a process of ours does first: log to stderr, and end in order on SIGTERM."""
-    level = os.environ.get("METAPT_LOG", "INFO").upper()
+    """What a process of ours does first: log to stderr, and end in order on SIGTERM.
+
+    Raises:
+        SystemExit: 2, METAPT_LOG names no level.
+    """
+    _open_streams()
+    given = os.environ.get("METAPT_LOG") or "INFO"
+    level = given.upper()
+    if level not in _LEVELS:
+        sys.stderr.write(f"error: METAPT_LOG is '{given}': set it to one of {', '.join(_LEVELS)}\n")
+        raise SystemExit(UserError.exit_code)
     logging.basicConfig(level=level, format=form, stream=sys.stderr)
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -263,6 +263,7 @@ def deploy(config: ClusterConfig) -> int:
         # A clear error at once; a replica's is found in Ray's logs, after three attempts.
         bundles.load(config.bundle, verify=config.verify).graph(config.precision)
         _check_port(config.host, config.port)
+    if os.path.exists(config.bundle):  # replicas have other working directories
         config.bundle = os.path.abspath(config.bundle)
     connect(config.ray)
     logging.getLogger("ray").setLevel(logging.WARNING)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import select
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 from serve.errors import Failure, UserError
 
+_BLOCK = 1 << 16  # bytes read from a stream at a time; a pipe of Linux holds so many
 _CHUNK = 1 << 20  # bytes hashed at a time, so that a weights file need not fit in memory
 
 
@@ -55,7 +57,7 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a temporary folder to fill; rename it to `path` when the block ends well.
 
     Args:
-        path: where the folder shall stand.
+        path: where the folder shall stand; a symbolic link stays, and what it leads to is replaced.
         replace: whether an existing folder is replaced. POSIX cannot swap two folders in one
             step, so the old one is moved aside first and removed last: a kill between the two
             leaves both whole beside `path`, under hidden names that hold its own.
@@ -64,6 +66,8 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
         UserError: `path` exists and `replace` is false, or it is a file, or "." or "..".
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
         raise UserError(
             f"{path} is a file, but a folder is to be written there: pass another --out"
@@ -133,11 +137,66 @@ def text_lines(stream: BinaryIO, name: str) -> Iterator[str]:
         UserError: a line is not UTF-8; it names the line.
     """
     for number, line in enumerate(stream, 1):
+        yield _decoded(line, number, name)
+
+
+def text_chunks(stream: BinaryIO, name: str, most: int) -> Iterator[list[str]]:
+    """`text_lines` in lists of at most `most`; of fewer when the next line is not there yet, so
+    that who writes line by line, and waits for what becomes of each, does not wait for ever.
+
+    Raises:
+        UserError: a line is not UTF-8; those before it have been given.
+    """
+    number = 0
+    for lines in _arriving(stream, most):
+        chunk: list[str] = []
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"line {number} of {name} is not UTF-8 (byte {error.start + 1}): convert it, "
-                "for example with iconv -f latin1 -t utf-8"
-            ) from None
-        yield text.removesuffix("\n").removesuffix("\r")
+            for line in lines:
+                number += 1
+                chunk.append(_decoded(line, number, name))
+        except UserError:
+            if chunk:
+                yield chunk
+            raise
+        yield chunk
+
+
+def _arriving(stream: BinaryIO, most: int) -> Iterator[list[bytes]]:
+    lines: list[bytes] = []
+    begun: list[bytes] = []  # pieces of a line whose end has not come
+    while block := stream.read1(_BLOCK):  # type: ignore[attr-defined]
+        *ended, last = block.split(b"\n")
+        if ended:
+            ended[0] = b"".join([*begun, ended[0]])
+            begun = []
+            lines += ended
+        begun.append(last)
+        while len(lines) >= most:
+            yield lines[:most]
+            del lines[:most]
+        if lines and not _more(stream):
+            yield lines
+            lines = []
+    if rest := b"".join(begun):
+        lines.append(rest)
+    if lines:
+        yield lines
+
+
+def _more(stream: BinaryIO) -> bool:
+    """Whether reading would not wait: there is more, or the end."""
+    try:
+        return bool(select.select([stream], [], [], 0)[0])
+    except (OSError, ValueError):  # bytes in memory
+        return True
+
+
+def _decoded(line: bytes, number: int, name: str) -> str:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"line {number} of {name} is not UTF-8 (byte {error.start + 1}): convert it, "
+            "for example with iconv -f latin1 -t utf-8"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")

@@ -14,6 +14,7 @@ from serve import bundle as bundles
 from serve.classifier import Classifier
 from serve.errors import Failure, UserError
 from serve.ledger import FOLDER, GONE, HELD, Change, Outcome, Page
+from serve.prompt import Arrays
 from serve.task import Task
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class SharedClassifier(Classifier):
         self,
         name: str,
         record: Mapping[str, Any] | None = None,
-        prompt: np.ndarray | bundles.Arrays | None = None,
+        prompt: np.ndarray | Arrays | None = None,
     ) -> Task:
         """As `Classifier.add_task`, on every replica.
 

@@ -146,19 +146,23 @@ class App:
         headers: list[tuple[bytes, bytes]] = []
         label, texts = "", 0
         try:
+            named = None if scope["path"] == "/classify" else _task_in(scope["path"])
+            if named in self.classifier.tasks:
+                label = named  # whatever is wrong with the body
             body = await self.read_body(scope, receive, self.limits.max_body)
-            if scope["path"] == "/classify":
+            if named is None:
                 query = protocol.parse_classify(body, self.classifier.tasks)
             else:
-                query = protocol.parse_infer(body, _task_in(scope["path"]))
+                self._find({named})
+                query = protocol.parse_infer(body, named)
             names = set(query.tasks)
             tasks = self._find(names)
             label = query.tasks[0] if len(names) == 1 else "mixed"
             results = await self._classify(query, [tasks[n] for n in query.tasks], receive)
-            if scope["path"] == "/classify":
+            if named is None:
                 answer = protocol.format_classify(results)
             else:
-                answer = protocol.format_infer(results, query, protocol.version_of(tasks[label]))
+                answer = protocol.format_infer(results, query, protocol.version_of(tasks[named]))
             status, outcome, texts = 200, "ok", len(results)
         except ClientGone:
             self.metrics.request(label, "cancelled", 0, 0)

@@ -11,6 +11,8 @@ from serve.cli import option
 if TYPE_CHECKING:
     from serve.http import Limits
 
+MOST_THREADS = 1024  # of a batch; far more end the process in onnxruntime, without a word
+
 
 @dataclass
 class ModelConfig:
@@ -19,8 +21,9 @@ class ModelConfig:
     bundle: str = option(help="folder of the bundle", positional=True)
     precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
     threads: int | None = option(
-        None, help="threads of a batch; default: the physical cores over the workers", minimum=1
-    )
+        None, minimum=1, maximum=MOST_THREADS,
+        help="threads of a batch; default: the physical cores over the workers",
+    )  # fmt: skip
     workers: int | None = option(
         None, minimum=1, maximum=64,
         help="batches that run at the same time; default: the physical cores (at most 8) over the "
@@ -92,7 +95,7 @@ class ClusterConfig(ServerConfig):
         "HOST:PORT or ray://HOST:PORT"
     )  # fmt: skip
     # Replicas, not threads, fill a node's cores: two batches side by side do more for short texts.
-    threads: int | None = option(1, help="threads of a batch", minimum=1)
+    threads: int | None = option(1, help="threads of a batch", minimum=1, maximum=MOST_THREADS)
     workers: int | None = option(
         1, help="batches that a replica runs at the same time", minimum=1, maximum=64
     )

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.classifier import Result, check_text
+from serve.classifier import Result
 from serve.errors import UserError
 from serve.task import Task
+from serve.tokenize import check_text
 
 OUTPUTS = {"label": "BYTES", "score": "FP32", "probabilities": "FP32", "truncated": "BOOL"}
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import json
 from collections.abc import Awaitable, Callable
-from importlib import metadata
+from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response, Security
@@ -19,15 +18,21 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from serve import openapi, protocol
-from serve.bundle import parse_prompt
 from serve.errors import Failure, UserError
 from serve.metrics import CONTENT_TYPE
+from serve.prompt import parse_prompt
 from serve.protocol import RequestError
+from serve.task import Task
 
 if TYPE_CHECKING:
     from serve.http import App
 
 INTERNAL = "internal error; the server's log says why"
+# What the page of the routes may do: ask this server, and nobody else.
+_PAGE = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+}
 _ADMIN_BODY = 64 * 2**20  # bytes; the prompt of mode deep takes some megabytes in base64
 
 
@@ -51,6 +56,9 @@ def make_routes(app: App, admin_token: str | None) -> FastAPI:
         description=openapi.DESCRIPTION,
         # Texts of users are in errors otherwise, and the routes check their input themselves.
         debug=False,
+        # The framework's own pages load their programs from the internet; ours is `docs.html`.
+        docs_url=None,
+        redoc_url=None,
     )
 
     async def on_error(request: Request, error: Exception) -> Response:
@@ -88,6 +96,10 @@ def _health(api: FastAPI, app: App) -> None:
             return _json({"ready": True})
         return _json({"error": "not ready: starting, shutting down or stuck"}, 503)
 
+    for path, answer in (("/v2/health/live", live), ("/v2/health/ready", ready)):
+        # Some load balancers ask with HEAD.
+        api.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
     @api.get("/metrics", tags=["health"], summary="Counters in Prometheus' text format")
     async def metrics() -> Response:
         return Response(app.metrics.page(), media_type=CONTENT_TYPE)
@@ -103,6 +115,12 @@ def _models(api: FastAPI, app: App, admin: bool) -> None:
     async def index() -> Response:
         tasks = {name: task.labels for name, task in app.classifier.tasks.items()}
         return _json({"tasks": tasks, "documentation": "/docs"})
+
+    page = resources.files("serve").joinpath("docs.html").read_bytes()
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE)
 
     @api.get("/v2", tags=["protocol v2"], summary="The server")
     async def server() -> Response:
@@ -149,10 +167,12 @@ class _Direct(Response):
 
 def _administration(api: FastAPI, app: App, token: str) -> None:
     """The model repository extension: which tasks there are, load, unload."""
+    secret = token.encode("utf-8", "surrogateescape")  # as it stood in the environment
 
     async def admitted(request: Request) -> bytes:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), token.encode())
+        # Bytes: those of a header were read as latin-1, whatever the client meant by them.
+        right = hmac.compare_digest(given.encode("latin-1").strip(), secret)
         if scheme.lower() != "bearer" or not right:
             raise HTTPException(
                 401, "send 'Authorization: Bearer TOKEN' with the server's admin token",
@@ -189,14 +209,7 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
     @route("/v2/repository/models/{task}/load", "Serve a task, or its new version", openapi.LOAD)
     async def load(task: str, request: Request) -> Response:
         body = await admitted(request)
-        parameters = protocol.parameters_in(protocol.parse_json(body)) if body.strip() else {}
-        record, prompt = _uploaded(app, parameters)
-        try:
-            added = await aside(lambda: app.classifier.add_task(task, record, prompt))
-        except UserError as error:
-            raise RequestError(404 if record is None else 400, str(error)) from None
-        except Failure as error:
-            raise RequestError(503, str(error)) from None
+        added = await aside(lambda: _load(app, task, body))
         return _json({"name": task, "version": protocol.version_of(added)})
 
     @route("/v2/repository/models/{task}/unload", "Stop serving a task", openapi.UNLOAD)
@@ -209,6 +222,22 @@ def _administration(api: FastAPI, app: App, token: str) -> None:
         return _json({"name": task})
 
 
+def _load(app: App, name: str, body: bytes) -> Task:
+    """Serve the task of a load request; megabytes are decoded here, so in a thread.
+
+    Raises:
+        RequestError: 400, 404 or 503.
+    """
+    parameters = protocol.parameters_in(protocol.parse_json(body)) if body.strip() else {}
+    record, prompt = _uploaded(app, parameters)
+    try:
+        return app.classifier.add_task(name, record, prompt)
+    except UserError as error:
+        raise RequestError(404 if record is None else 400, str(error)) from None
+    except Failure as error:
+        raise RequestError(503, str(error)) from None
+
+
 def _uploaded(app: App, parameters: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
     """The task in a load request, as the protocol has it: `config`, its record as a JSON text, and
     `file:prompt.safetensors`, in base64. None and None: it is read from the bundle."""
@@ -219,11 +248,13 @@ def _uploaded(app: App, parameters: dict[str, Any]) -> tuple[dict[str, Any] | No
         raise RequestError(400, "give both 'config' and 'file:prompt.safetensors', or neither")
     try:
         record = json.loads(config)
-        content = base64.b64decode(data, validate=True)
-    except (ValueError, RecursionError, binascii.Error) as error:
-        raise RequestError(
-            400, f"'config' is not JSON or the file is not base64: {error}"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(400, f"'config' is not JSON: {what}") from None
+    try:  # without the line ends that `base64` and MIME put in
+        content = base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise RequestError(400, f"'file:prompt.safetensors' is not base64: {error}") from None
     if not isinstance(record, dict):
         raise RequestError(400, "'config' must hold a JSON object")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import resource
@@ -23,6 +24,7 @@ from serve.batcher import THREADS
 from serve.classifier import Classifier
 from serve.errors import Failure
 from serve.http import App, Limits, Receive, Scope, Send, respond
+from serve.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,11 @@ def serve_forever(
     last = _LastAnswers(app)
     listener = _listen(host, port)
     _allow_connections()
+    wire: Any = functools.partial(Wire, deadline=limits.deadline)
     config = uvicorn.Config(
         last,
+        http=wire,
+        ws="none",
         log_config=None,
         log_level="info" if access_log else "warning",
         access_log=access_log,

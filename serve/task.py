@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import numpy as np
 from serve.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a task: also a URL segment and a file name
+
+COOLEST, HOTTEST = 1e-6, 1e6  # temperatures; a logit divided by one is within single precision
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,25 @@ def is_count(value: Any, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that has a UTF-8 form, which half of a surrogate pair has not."""
+    return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)
+
+
+def is_temperature(value: Any) -> bool:
+    """Whether logits can be divided by `value`."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and COOLEST <= value <= HOTTEST
+    )
+
+
+def which(names: Iterable[str], start: str = "it has") -> str:
+    """Which tasks there are: the end of a message about one that is not named, or not there."""
+    return f"{start} {', '.join(names) or 'none, add one with python -m exporter add'}"
+
+
 def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -> Task:
     """A checked `Task` from its record in `bundle.json`.
 
@@ -57,20 +77,21 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
     check_name(name)
     known = {item.name for item in dataclasses.fields(Task)}
     values = {key: value for key, value in record.items() if key in known - {"name", "arrays"}}
-    try:
-        task = Task(name=name, **values)
-    except TypeError as error:
-        raise UserError(f"task '{name}': {error}") from None
+    for item in dataclasses.fields(Task):
+        optional = item.default is not MISSING or item.default_factory is not MISSING
+        need(optional or item.name in {"name", *values}, f"task '{name}': '{item.name}' is missing")
+    task = Task(name=name, **values)
     vocabulary, longest = header["backbone"]["vocab_size"], header["max_tokens"]
 
     def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(is_text(item) for item in value)
 
     def ids(value: Any) -> bool:
         return isinstance(value, list) and all(
             is_count(item, 0) and item < vocabulary for item in value
         )
 
+    need(is_text(task.template), f"task '{name}': 'template' must be text")
     need(texts(task.labels) and len(task.labels) >= 2, f"task '{name}': 'labels' needs two words")
     need(len(set(task.labels)) == len(task.labels), f"task '{name}': a label stands there twice")
     need(texts(task.words), f"task '{name}': 'words' must be a list of words")
@@ -87,10 +108,10 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
         len(task.prefix_ids) + len(task.suffix_ids) < longest,
         f"task '{name}': its template leaves no room for a text within {longest} tokens",
     )
-    temperature = task.temperature
     need(
-        isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0,
-        f"task '{name}': 'temperature' must be a positive number, not {temperature!r}",
+        is_temperature(task.temperature),
+        f"task '{name}': 'temperature' must be a number from {COOLEST:g} to {HOTTEST:g}, not "
+        f"{str(task.temperature)[:40]}",
     )
     need(
         is_count(task.max_tokens, 0)
@@ -98,6 +119,7 @@ def make_task(name: str, record: Mapping[str, Any], header: Mapping[str, Any]) -
         f"task '{name}': 'max_tokens' must be a whole number that leaves room for a text, or 0",
     )
     need(is_count(task.size_bytes, 0), f"task '{name}': 'size_bytes' must be a whole number")
+    need(isinstance(task.info, dict), f"task '{name}': 'info' must be an object")
     need(isinstance(task.prompt, str), f"task '{name}': 'prompt' must be a path")
     need(isinstance(task.sha256, str), f"task '{name}': 'sha256' must be a hash")
     return task

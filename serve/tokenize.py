@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from serve.errors import Failure
+from serve.errors import Failure, UserError
 from serve.task import Task
 
 _GENEROUS = 24  # characters looked at for each token that fits; English has about 4
@@ -100,3 +101,16 @@ def start_of(text: str, room: int, times: int = 1) -> str:
         return text
     space = max(text.rfind(mark, limit // 2, limit) for mark in " \n\t\r")
     return text[: space if space > 0 else limit]
+
+
+def check_text(text: Any, where: str) -> None:
+    """Raises: UserError when `text` is not a string that has a UTF-8 form."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} is not text but {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} holds half of a surrogate pair, which is no character"
+            ) from None

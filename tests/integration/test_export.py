@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +249,12 @@ def test_what_is_no_part_of_a_bundle_is_not_replaced(prefix: Exported, tmp_path:
         (prefix.folder / name).unlink()
     assert (prefix.folder / "bundle.json").read_bytes() == before
     # All that a bundle has, and a writer that was killed leaves, may go: the next check is reached.
-    (prefix.folder / ".bundle.json.12.ab.tmp").write_text("")
+    for name in (".bundle.json.12.ab.tmp", "bonnet.json"):
+        (prefix.folder / name).write_text("")
     with pytest.raises(UserError, match="'int4' is unknown"):
         export_bundle([film], prefix.backbone, prefix.folder, precisions=["int4"])
-    (prefix.folder / ".bundle.json.12.ab.tmp").unlink()
+    for name in (".bundle.json.12.ab.tmp", "bonnet.json"):
+        (prefix.folder / name).unlink()
 
 
 def test_a_single_file_takes_the_name_and_the_target_of_int8(
@@ -312,6 +315,26 @@ def command(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
     )
+
+
+def test_a_folder_that_may_not_be_replaced_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    done = command("bundle", "p", "--out", tmp_path, "--backbone", "none")
+    assert done.returncode == 2 and "is not empty and not a bundle" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(20, 20), (512, 32)])
+def test_a_single_file_says_how_long_its_texts_may_be(
+    prefix: Exported, tmp_path: Path, given: int, wanted: int
+) -> None:
+    film = prefix.prompts["film"]
+    tuned = replace(film, task=replace(film.task, max_tokens=32))
+    file = tmp_path / "x.onnx"
+    export_single(tuned, prefix.backbone, file, max_tokens=given)
+    task = json.loads(verify.session(file).get_modelmeta().custom_metadata_map["task"])
+    assert task["max_tokens"] == wanted
+    with pytest.raises(UserError, match="--max-tokens 3 leaves no room for a text"):
+        export_single(tuned, prefix.backbone, file, max_tokens=3)
 
 
 def test_tasks_come_and_go_without_torch(prefix: Exported, tmp_path: Path) -> None:

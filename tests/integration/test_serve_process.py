@@ -2,77 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import serve_toy as toy
-
-ROOT = Path(__file__).parents[2]
-TOKEN = "secret"
-
-
-class Process:
-    """`python -m serve http`, once it is ready."""
-
-    def __init__(self, folder: Path, *flags: str, program: Sequence[str] = ("-m", "serve")) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, *program, "http", str(folder), "--port", "0", "--threads", "1",
-             *flags],
-            stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "METAPT_ADMIN_TOKEN": TOKEN, "OMP_NUM_THREADS": "1",
-                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        )  # fmt: skip
-        assert self.popen.stderr is not None
-        self.port = 0
-        self.log: list[str] = []
-        for line in self.popen.stderr:
-            self.log.append(line)
-            if found := re.search(r"ready on http://127.0.0.1:(\d+)", line):
-                self.port = int(found[1])
-                break
-        assert self.port, "".join(self.log)
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-
-    def end(self) -> int:
-        self.popen.send_signal(signal.SIGTERM)
-        return self.popen.wait(30)
-
-
-@contextmanager
-def running(
-    folder: Path, *flags: str, program: Sequence[str] = ("-m", "serve")
-) -> Iterator[Process]:
-    process = Process(folder, *flags, program=program)
-    try:
-        yield process
-    finally:
-        if process.popen.poll() is None:
-            process.popen.kill()
-            process.popen.wait(10)
-
-
-def ask(
-    connection: http.client.HTTPConnection, path: str, body: Any = None, **headers: str
-) -> tuple[int, Any, bool]:
-    """Status, JSON, and whether the server closes the connection."""
-    connection.request("POST" if body is not None else "GET", path,
-                       None if body is None else json.dumps(body), headers)  # fmt: skip
-    response = connection.getresponse()
-    return response.status, json.loads(response.read()), response.will_close
+from serve_process import ROOT, TOKEN, Process, ask, running
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +230,25 @@ def test_two_servers_share_one_bundle(folder: Path) -> None:
         answers = [ask(process.connect(), "/classify", body)[:2] for process in (one, other)]
         assert answers[0] == answers[1] and answers[0][0] == 200
         assert (one.end(), other.end()) == (0, 0)
+
+
+def test_a_connection_is_bounded_and_an_upgrade_is_ignored(folder: Path) -> None:
+    body = json.dumps({"text": "good", "task": "film"})
+    with running(folder, "--deadline", "0.5") as process:
+        offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AA"}
+        connection = process.connect()
+        connection.request("POST", "/classify", body, offer)
+        assert connection.getresponse().status == 200
+        for sent, answer in (
+            (b"GET / HTTP/1.1\r\nX: ", b"HTTP/1.1 408"),
+            (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000, b"HTTP/1.1 431"),
+            (b"", b""),
+        ):
+            with socket.create_connection(("127.0.0.1", process.port), 10) as raw:
+                raw.sendall(sent)
+                got = raw.recv(1000)
+                assert got[:12] == answer
+        assert process.end() == 0
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(folder: Path) -> None:

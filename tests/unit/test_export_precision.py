@@ -1,6 +1,8 @@
-"""Products with a matrix per head, in int8."""
+"""Products with a matrix per head, in int8; what stays wide in fp16."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,7 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from exporter.precision import INT8, halve_bank, head_products, join_wide, quantize_heads
+from exporter.precision import (
+    INT8,
+    fp16_onnx,
+    halve_bank,
+    head_products,
+    join_wide,
+    quantize_heads,
+)
 
 HEADS, ROWS, WIDE, NARROW = 3, 4, 16, 5
 
@@ -126,3 +135,22 @@ def test_between_wide_operators_nothing_is_narrowed() -> None:
     assert len(names) == len(set(names))  # onnxruntime before 1.32 refuses others
     np.testing.assert_allclose(answer(), 8 * values, rtol=2e-3)
     assert join_wide(half) == 0
+
+
+def test_fp16_puts_no_words_of_the_converter_into_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info, full = helper.make_tensor_value_info, TensorProto.FLOAT
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="half"),
+        helper.make_node("Mul", ["a", "w"], ["y"], name="wide"),  # the same weight, kept wide
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [info("x", full, [4, 4])], [info("y", full, [4, 4])],
+        [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "g.onnx")
+    with caplog.at_level("INFO"):
+        fp16_onnx(tmp_path / "g.onnx")
+    assert caplog.messages == []

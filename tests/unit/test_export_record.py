@@ -65,6 +65,40 @@ def test_records_name_what_is_missing(pair) -> None:  # type: ignore[no-untyped-
         task_record(task, pair[0], "p")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "hot"), ("temperature", 1e-40), ("temperature", 10**400),
+        ("temperature", True), ("max_tokens", "x"), ("max_tokens", -1), ("max_tokens", 2.5),
+        ("words", [1, 2]), ("words", "ab"), ("words", {"a": 1}), ("labels", 5),
+        ("labels", ["a", None]), ("labels", ["a", "\ud800"]), ("template", ["{text}"]),
+        ("template", 5),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_named(pair, field: str, value: object) -> None:  # type: ignore[no-untyped-def]
+    task = {"labels": ["a", "b"], "words": ["good", "great"],
+            "template": "{text} It was <extra_id_0>."}  # fmt: skip
+    assert task_record(task, pair[0], "p")["temperature"] == 1.0
+    with pytest.raises(UserError, match=f"^p: '{field}' in its task.json must be") as caught:
+        task_record({**task, field: value}, pair[0], "p")
+    assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "must hold a JSON object"),
+        ({"num_virtual_tokens": "x"}, "'num_virtual_tokens' must be"),
+    ],
+)
+def test_a_wrong_adapter_config_is_named(tmp_path: Path, config: object, message: str) -> None:
+    save_file({"prompt_embeddings": np.ones((6, 4), np.float32)}, tmp_path / WEIGHTS)
+    (tmp_path / "task.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises((UserError, Failure), match=rf"adapter_config\.json.*{message}"):
+        read_folder(tmp_path)
+
+
 def test_names_become_fit_for_urls() -> None:
     assert task_name("Yelp Reviews (5)") == "yelp-reviews-5"
     assert task_name("Café-Prüfung №3") == "cafe-prufung-no3"

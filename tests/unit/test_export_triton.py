@@ -187,6 +187,16 @@ def test_other_models_beside_ours_are_not_replaced(folder: Path, tmp_path: Path)
     assert (out / "bert/config.pbtxt").read_text() == "mine"
 
 
+def test_behind_a_link_the_repository_is_replaced(folder: Path, tmp_path: Path) -> None:
+    out, link, settings = tmp_path / "r", tmp_path / "link", Settings(threads=1, ids_only=True)
+    export_triton(folder, out, settings)
+    link.symlink_to("r")
+    (out / "metapt_graph" / "old").write_text("old")
+    export_triton(folder, link, settings)
+    assert link.is_symlink() and not (out / "metapt_graph" / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "r"]
+
+
 def test_a_graph_that_answers_differently_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import threading
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from serve_client import ADMIN, ask, serve
 from serve_fake import FakeClassifier
 
+from serve import routes
 from serve.http import App
 from serve.options import ServerConfig, admin_token
 
@@ -54,6 +59,13 @@ def test_tasks_are_added_and_removed_while_it_runs() -> None:
 
 def test_the_name_of_the_scheme_may_be_written_in_any_case() -> None:
     ask("POST", "/v2/repository/index", 200, headers={"authorization": "bearer secret"})
+
+
+@pytest.mark.parametrize("token", ["géheim", "秘密à", "a b"])
+def test_a_token_is_compared_by_its_bytes(token: str) -> None:
+    given = {b"authorization": f"Bearer {token}".encode()}
+    ask("POST", "/v2/repository/index", 200, token, headers=given)
+    ask("POST", "/v2/repository/index", 401, token + "x", headers=given)
 
 
 def test_white_space_around_the_token_is_not_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +114,33 @@ def test_a_load_without_parameters_reads_the_folder(body: bytes) -> None:
 def test_a_malformed_upload_is_refused(parameters: Any) -> None:
     body = {"parameters": parameters}
     ask("POST", "/v2/repository/models/new/load", 400, json=body, headers=ADMIN)
+
+
+def test_an_upload_may_be_in_lines_and_is_decoded_beside_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = save({"prompt_embeddings": np.ones((5, 8), np.float32)})
+    found: list[tuple[bytes, str]] = []
+
+    def parse(content: bytes, *_: object) -> None:
+        found.append((content, threading.current_thread().name))
+
+    monkeypatch.setattr(routes, "parse_prompt", parse)
+    text = base64.encodebytes(data).decode()
+    assert "\n" in text.strip()
+    body = {"parameters": {"config": "{}", "file:prompt.safetensors": text.replace("\n", "\r\n")}}
+    ask("POST", "/v2/repository/models/new/load", 200, json=body, headers=ADMIN)
+    assert [content for content, _ in found] == [data]
+    assert found[0][1] != threading.main_thread().name
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "message"),
+    [("{", "AAAA", "'config' is not JSON"),
+     ("{}", "A?==", "'file:prompt.safetensors' is not base64"),
+     ("[" * 10**6, "", "'config' is not JSON: nested too deeply")],
+)  # fmt: skip
+def test_what_is_wrong_with_an_upload_is_told_apart(config: str, file: str, message: str) -> None:
+    body = {"parameters": {"config": config, "file:prompt.safetensors": file}}
+    answer = ask("POST", "/v2/repository/models/new/load", 400, json=body, headers=ADMIN)
+    assert answer["error"].startswith(message)

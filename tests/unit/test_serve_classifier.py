@@ -1,4 +1,4 @@
-"""Classifier, bank, planning and tokenizing on a toy bundle, against plain numpy."""
+"""Classifier, bank and tokenizing on a toy bundle, against plain numpy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import serve_toy as toy
 from serve import bundle
 from serve.classifier import MIB, Classifier
 from serve.errors import Failure, UserError
-from serve.plan import BatchLimits, plan
-from serve.task import Task
 from serve.tokenize import Encoded, start_of
 
 TEXTS = ["the film was good", "", "a bit long and dull", "very very good film the food was awful"]
@@ -191,11 +189,25 @@ def test_special_tokens_in_a_text_are_plain_characters(folder: Path) -> None:
         (["a", 3], "film", "text 1 is not text but int"),
         (["\ud800"], "film", "surrogate"),
         (["a", "b"], ["film"], "2 texts, but 1 tasks"),
+        ("Great!", "film", r"texts is one str, not a list of texts: pass \[text\]"),
+        (None, "film", "texts is one NoneType"),
+        (["a"], None, r"pass a task \(--task\): there are film, food"),
+        (["a"], 3, "task must be a task's name, or a list"),
+        (["a"], [["film"]], "task must be a list of names"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(folder: Path, texts, task, message) -> None:
     with pytest.raises(UserError, match=message):
         Classifier(folder, threads=1).classify(texts, task=task)
+
+
+def test_the_only_task_need_not_be_named(tmp_path: Path) -> None:
+    classifier = Classifier(toy.make_bundle(tmp_path / "b"), threads=1)
+    classifier.remove_task("food")
+    assert classifier.classify(TEXTS) == classifier.classify(iter(TEXTS), task="film")
+    classifier.remove_task("film")
+    with pytest.raises(UserError, match="none, add one with python -m exporter add"):
+        classifier.classify(TEXTS)
 
 
 def test_no_texts_give_no_results(folder: Path) -> None:
@@ -225,54 +237,6 @@ def test_a_graph_of_another_mode_is_refused(tmp_path: Path) -> None:
     bundle.create(folder, header)
     with pytest.raises(Failure, match=r"model\.onnx"):
         Classifier(folder, threads=1)
-
-
-# ---- planning ------------------------------------------------------------------------------------
-
-
-def row(length: int, task: Task) -> Encoded:
-    return Encoded([1] * length, False, task)
-
-
-def test_plan_respects_budget_rows_and_tasks(folder: Path) -> None:
-    rng = np.random.default_rng(3)
-    tasks = [bundle.list_tasks(folder)["film"] for _ in range(7)]  # seven objects
-    rows = [row(int(rng.integers(1, 50)), tasks[rng.integers(7)]) for _ in range(300)]
-    batches = plan(rows, BatchLimits(tokens=200, rows=12, tasks=3, run_cost=16))
-    assert sorted(i for batch in batches for i in batch) == list(range(300))
-    for batch in batches:
-        assert len(batch) * max(len(rows[i].ids) for i in batch) <= 200
-        assert len(batch) <= 12 and len({id(rows[i].task) for i in batch}) <= 3
-
-
-def test_plan_runs_a_text_over_the_budget_alone(folder: Path) -> None:
-    task = bundle.list_tasks(folder)["film"]
-    rows = [row(500, task), row(3, task), row(2, task)]
-    assert plan(rows, BatchLimits(100, 64, 9, 16)) == [[0], [1, 2]]
-
-
-def test_plan_pads_as_long_as_it_costs_less_than_another_run(folder: Path) -> None:
-    task = bundle.list_tasks(folder)["film"]
-    rows = [row(length, task) for length in (10, 40, 9, 39, 38, 10)]
-    # 1 + 2 and 0 + 1 padded
-    assert plan(rows, BatchLimits(1000, 64, 9, 3)) == [[1, 3, 4], [0, 5, 2]]
-    assert plan(rows, BatchLimits(1000, 64, 9, 2)) == [[1, 3], [4], [0, 5, 2]]
-    assert plan(rows, BatchLimits(1000, 64, 9, 1000)) == [[1, 3, 4, 0, 5, 2]]
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 10), (10, 10)])
-def test_plan_bounds_the_attention_scores(folder: Path, queries: int, keys: int) -> None:
-    task = bundle.list_tasks(folder)["film"]
-    limits = BatchLimits(10**6, 64, 9, 10**6, scores=5000, queries=queries, keys=keys)
-    rows = [row(length, task) for length in [90] * 3 + [40] * 5 + [10] * 30]
-    batches = plan(rows, limits)
-    assert sorted(i for batch in batches for i in batch) == list(range(38))
-    for batch, after in zip(batches, [*batches[1:], []], strict=True):
-        longest = len(rows[batch[0]].ids)
-        row_scores = (longest + queries) * (longest + keys)
-        assert len(batch) == 1 or len(batch) * row_scores <= 5000
-        # Full: with the next text it would have been too much.
-        assert not after or (len(batch) + 1) * row_scores > 5000
 
 
 # ---- the bank ------------------------------------------------------------------------------------
@@ -364,6 +328,23 @@ def test_a_task_is_added_replaced_and_removed_while_it_runs(tmp_path: Path) -> N
     with pytest.raises(UserError, match="has no task 'other'"):
         classifier.add_task("other")
     assert "film" in bundle.list_tasks(folder)
+
+
+def test_a_task_of_many_labels_widens_its_own_batches_only(tmp_path: Path) -> None:
+    classifier = Classifier(toy.make_bundle(tmp_path / "b"), threads=1)
+    tasks = [classifier.tasks["film"]] * len(TEXTS)
+    encoded = classifier.encoder.encode(TEXTS, tasks)
+    before = classifier.logits(encoded)
+    assert before.shape == (4, 2)
+    wide = toy.record([f"l{n}" for n in range(12)], toy.WORDS[:12])
+    classifier.add_task("wide", wide, toy.prompt_of(5))
+    np.testing.assert_array_equal(classifier.logits(encoded), before)
+    many = classifier.classify(["good film", "bad"], ["wide", "food"])
+    assert [len(result.probabilities) for result in many] == [12, 3]
+    odds = softmax(expected("good film", toy.prompt_of(5), toy.WORDS[:12], "prefix"))
+    assert list(many[0].probabilities.values()) == pytest.approx(odds, abs=1e-5)
+    classifier.remove_task("wide")
+    np.testing.assert_array_equal(classifier.logits(encoded), before)
 
 
 def test_texts_under_way_and_evicted_tasks_outlive_a_replaced_prompt(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import serve_toy as toy
 from serve import bundle, cli, latency
 from serve.__main__ import COMMANDS
 from serve.classifier import Classifier
+from serve.errors import UserError
 
 ROOT = Path(cli.__file__).parents[1]
 
@@ -65,6 +68,24 @@ def test_a_line_in_another_encoding_is_named_after_the_lines_before_it(folder: P
     assert outcome.err.startswith("error: line 3 of the input is not UTF-8 (byte 4)")
 
 
+def test_a_line_that_comes_alone_is_answered_at_once(folder: Path) -> None:
+    command = [sys.executable, "-m", "serve", "classify", str(folder), "--task", "film"]
+    texts = ["good", "bad awful"]
+    wanted = Classifier(folder, threads=1).classify(texts, "film")
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for text, result in zip(texts, wanted, strict=True):
+            process.stdin.write(text.encode() + b"\n")
+            process.stdin.flush()
+            assert select.select([process.stdout], [], [], 30)[0], "no answer"
+            answer = json.loads(process.stdout.readline())
+            assert answer["score"] == pytest.approx(result.score, abs=1e-5)
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
 def test_no_input_gives_no_output(folder: Path, call) -> None:
     outcome = call("classify", folder, "--task", "film")
     assert (outcome.code, outcome.out) == (0, "")
@@ -74,7 +95,7 @@ def test_no_input_gives_no_output(folder: Path, call) -> None:
     ("arguments", "message"),
     [
         (["--task", "nothing"], "no task 'nothing': there are film, food"),
-        ([], "--task is missing: the bundle has film, food"),
+        ([], "pass a task (--task): there are film, food"),
         (["--task", "film", "--precision", "int8"], "it has fp32, fp16"),
         (["--task", "film", "--threads", "0"], "--threads must be at least 1"),
         (["--task", "film", "--bank-memory", "inf"], "--bank-memory takes a finite number"),
@@ -200,3 +221,90 @@ def test_info_says_what_a_precision_costs(call, tmp_path: Path) -> None:
     (made / "bundle.json").write_text(json.dumps(document))
     told = "85.0 % of 40 texts of film right (-2.5 points against fp32), 97.5 % answered as in fp32"
     assert told in call("info", made).out
+
+
+# ---- the streams of a process --------------------------------------------------------------------
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of a shell, in which $SERVE is `python -m serve`; output is buffered, as usual."""
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    given |= {"SERVE": f"{sys.executable} -m serve", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=given, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_reader_that_went_away_is_no_error_of_pythons(folder: Path) -> None:
+    for arguments, code in ((f"info {folder}", "1"), ("info --help", "0")):
+        done = shell(f"(sleep 0.2; $SERVE {arguments}; echo $? >&2) | true")
+        assert done.stderr == f"{code}\n"
+
+
+def test_a_full_disk_is_said_once(folder: Path) -> None:
+    for arguments in (f"info {folder}", f"classify {folder} --task film"):
+        done = shell(f"echo good | $SERVE {arguments} > /dev/full", METAPT_LOG="error")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the disk that holds the output is full")
+        assert done.stderr.count("\n") == 1
+
+
+def test_closed_streams_are_empty_ones(folder: Path) -> None:
+    for command in (f"$SERVE info {folder} >&-", f"$SERVE classify {folder} --task film <&-"):
+        done = shell(command, METAPT_LOG="error")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert shell(f"$SERVE info {folder} 2>&-").returncode == 0
+
+
+def test_a_level_that_the_log_does_not_have_is_said(folder: Path) -> None:
+    done = shell(f"$SERVE info {folder}", METAPT_LOG="verbose")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: METAPT_LOG is 'verbose': set it to one of DEBUG, INFO")
+    assert done.stderr.count("\n") == 1
+    for level in ("debug", ""):
+        assert shell(f"$SERVE info {folder}", METAPT_LOG=level).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('"task": null', "--task takes text, not null"),
+        ('"task": ["film"]', "--task takes text, not ['film']"),
+        ('"precision": null', "--precision takes text, not null"),
+        ('"bank_memory": null', "--bank-memory takes a number, not null"),
+        ('"verify": null', "--verify takes true or false, not null"),
+        ('"threads": 3000000000', "--threads must be at most 1024"),
+    ],
+)
+def test_a_file_of_settings_is_checked(
+    folder: Path, call, tmp_path: Path, setting: str, message: str
+) -> None:
+    (tmp_path / "c.json").write_text(f"{{{setting}}}")
+    outcome = call("classify", folder, "--config", tmp_path / "c.json", stdin=b"good\n")
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_null_stands_for_nothing_where_nothing_may_stand(folder: Path, call, tmp_path) -> None:
+    (tmp_path / "c.json").write_text('{"threads": null, "task": "film", "providers": null}')
+    outcome = call("classify", folder, "--config", tmp_path / "c.json", stdin=b"good\n")
+    assert outcome.code == 0
+
+
+def test_a_bundle_without_tasks_says_how_to_add_one(call, tmp_path: Path) -> None:
+    made = toy.make_bundle(tmp_path / "b")
+    for name in ("film", "food"):
+        bundle.remove_task(made, name)
+    for more in ([], ["--task", "film"]):
+        outcome = call("classify", made, *more, stdin=b"good\n")
+        assert outcome.code == 2 and "none, add one with python -m exporter add" in outcome.err
+    with pytest.raises(UserError, match="it has none, add one with"):
+        bundle.remove_task(made, "film")
+
+
+def test_info_leaves_out_what_is_no_figure(call, tmp_path: Path) -> None:
+    made = toy.make_bundle(tmp_path / "b")
+    document = json.loads((made / "bundle.json").read_text())
+    document["precisions"]["fp32"] |= {"weight_bits": 7, "per_channel": True}
+    document["checksum"] = bundle._checksum(document)
+    (made / "bundle.json").write_text(json.dumps(document))
+    assert "precision fp32: weight_bits 7\n" in call("info", made).out

@@ -144,6 +144,28 @@ def test_a_bundle_that_is_not_there_and_a_port_that_is_taken_are_said_before_ray
         cluster.deploy(ClusterConfig(str(folder)))
 
 
+@pytest.mark.parametrize("address", ["local", "auto", "ray://host:1"])
+def test_a_bundle_that_is_here_is_given_to_the_replicas_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    import serve_toy as toy
+
+    from serve import cluster
+
+    def connect(_: str) -> None:
+        raise Failure("far enough")
+
+    toy.make_bundle(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "connect", connect)
+    for given, passed in (("b", str(tmp_path / "b")), ("elsewhere/b", "elsewhere/b")):
+        config = ClusterConfig(given, ray=address, port=0)
+        if address != "local" or given == "b":
+            with pytest.raises(Failure, match="far enough"):
+                cluster.deploy(config)
+            assert config.bundle == passed
+
+
 def test_serving_on_ray_imports_none_of_the_heavy_packages() -> None:
     code = """
 import sys

@@ -1,14 +1,15 @@
-"""Folders that appear whole or not at all: what may not be replaced."""
+"""Folders that appear whole or not at all, what may not be replaced, and lines as they come."""
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
 
 from serve.errors import UserError
-from serve.files import atomic_folder, atomic_write
+from serve.files import atomic_folder, atomic_write, text_chunks
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/.."])
@@ -60,3 +61,46 @@ def test_a_signal_right_after_a_step_leaves_a_whole_folder(
         (folder / "new").write_text("new")
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert found == {"out", "out/old" if step == 1 else "out/new"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_behind_a_symbolic_link_its_target_is_replaced(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "target").mkdir()
+        (tmp_path / "disk" / "target" / "old").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(Path("disk") / "target")
+    with atomic_folder(link) as folder:
+        (folder / "new").write_text("new")
+    assert link.is_symlink() and os.readlink(link) == "disk/target"
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found - {"link/new"} == {"disk", "disk/target", "disk/target/new", "link"}
+
+
+def test_lines_are_given_when_no_further_one_is_there() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream, open(writing, "wb", buffering=0) as pipe:
+        chunks = text_chunks(stream, "the input", 3)
+        pipe.write(b"\xef\xbb\xbfone\r\ntwo\nthr")
+        assert next(chunks) == ["one", "two"]
+        pipe.write(b"ee\n")
+        assert next(chunks) == ["three"]
+        pipe.write(b"a\nb\nc\nd\ne\nf\ng\n")
+        assert [next(chunks) for _ in range(3)] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+        pipe.write(b"last")
+        pipe.close()
+        assert list(chunks) == [["last"]]
+
+
+def test_lines_that_are_there_are_given_together_and_whole(tmp_path: Path) -> None:
+    lines = [f"{n} " + "x" * (n * 37 % 500) for n in range(3000)] + ["y" * 300_000, "", "z"]
+    data = "\n".join(lines).encode()
+    (tmp_path / "lines").write_bytes(data)
+    with open(tmp_path / "lines", "rb") as file:
+        for stream in (io.BytesIO(data), file):
+            chunks = list(text_chunks(stream, "the input", 512))
+            assert [line for chunk in chunks for line in chunk] == lines
+            assert [len(chunk) for chunk in chunks] == [512] * 5 + [3003 - 5 * 512]
+    assert list(text_chunks(io.BytesIO(b""), "the input", 512)) == []
+    assert list(text_chunks(io.BytesIO(b"\n\na\n"), "the input", 512)) == [["", "", "a"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -94,10 +95,34 @@ def test_the_openapi_document_has_every_route_with_an_example() -> None:
     assert not any("repository" in p for p in ask("GET", "/openapi.json", 200, None)["paths"])
 
 
+def test_the_page_of_the_routes_loads_nothing_from_elsewhere() -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        page = await client.get("/docs")
+        assert page.status_code == 200
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "//" not in re.sub(r"^\s*//.*$", "", page.text, flags=re.MULTILINE)
+        assert (await client.get("/redoc")).status_code == 404
+
+    serve(story)
+
+
 def test_null_is_as_good_as_nothing() -> None:
     body = infer("good", id=None, parameters=None, outputs=None)
     answer = ask("POST", "/v2/models/film/infer", 200, json=body)
     assert "id" not in answer and len(answer["outputs"]) == 4
+
+
+@pytest.mark.parametrize("path", ["live", "ready"])
+def test_health_answers_head_as_it_does_get(path: str) -> None:
+    async def story(client: httpx.AsyncClient, fake: FakeClassifier, app: App) -> None:
+        assert (await client.head(f"/v2/health/{path}")).status_code == 200
+        app.drain()
+        status = (await client.get(f"/v2/health/{path}")).status_code
+        assert (await client.head(f"/v2/health/{path}")).status_code == status
+
+    serve(story)
+    assert ask("POST", f"/v2/health/{path}", 405)["error"].endswith("takes GET")
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -165,6 +190,11 @@ def test_infer_answers_400_to_binary_tensors() -> None:
 )
 def test_404_for_what_is_not_there(method: str, path: str) -> None:
     ask(method, path, 404, json=infer("a"))
+
+
+def test_an_unknown_task_is_404_whatever_the_body() -> None:
+    ask("POST", "/v2/models/nothing/infer", 404, content=b"{")
+    ask("POST", "/v2/models/film/infer", 400, content=b"{")
 
 
 def test_405_names_the_method_that_a_route_takes() -> None:

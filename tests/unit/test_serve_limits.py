@@ -195,11 +195,16 @@ def test_metrics_count_requests_by_task_and_outcome() -> None:
         await client.post("/v2/models/film/infer", json=infer("a"))
         await client.post("/classify", json={"texts": ["a", "b"], "task": ["film", "food"]})
         await client.post("/classify", json={"text": "a", "task": "made-up-by-a-client"})
+        await client.post("/v2/models/film/infer", content=b"{")
+        await client.post("/v2/models/food/infer", content=b"x" * 2**21)
+        await client.post("/v2/models/made-up-by-a-client/infer", content=b"{")
         page = (await client.get("/metrics")).text
         lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
         assert lines['metapt_requests_total{outcome="ok",task="film"}'] == "2.0"
         assert lines['metapt_requests_total{outcome="ok",task="mixed"}'] == "1.0"
-        assert lines['metapt_requests_total{outcome="404",task=""}'] == "1.0"
+        assert lines['metapt_requests_total{outcome="404",task=""}'] == "2.0"
+        assert lines['metapt_requests_total{outcome="400",task="film"}'] == "1.0"
+        assert lines['metapt_requests_total{outcome="413",task="food"}'] == "1.0"
         assert lines['metapt_texts_total{task="film"}'] == "3.0"
         assert lines["metapt_batch_texts_sum"] == "5.0"
         # Each of the fake's texts is its words and one suffix token.

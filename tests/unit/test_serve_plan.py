@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serve_fake import task
 
-from serve.plan import BatchLimits, company, in_groups
+from serve.plan import BatchLimits, company, in_groups, plan
+from serve.task import Task
 from serve.tokenize import Encoded
 
 
@@ -62,3 +66,48 @@ def test_company_holds_the_first_and_keeps_to_the_limits(lengths: list[int], mos
     price = (len(found) * max(chosen) + limits.run_cost) / sum(chosen)
     alone = (lengths[0] + limits.run_cost) / lengths[0]
     assert cheapest(lengths, min(8, most), limits.run_cost) <= price <= alone
+
+
+def row(length: int, item: Task) -> Encoded:
+    return Encoded([1] * length, False, item)
+
+
+def test_plan_respects_budget_rows_and_tasks() -> None:
+    rng = np.random.default_rng(3)
+    tasks = [task("film") for _ in range(7)]  # seven objects
+    rows = [row(int(rng.integers(1, 50)), tasks[rng.integers(7)]) for _ in range(300)]
+    batches = plan(rows, BatchLimits(tokens=200, rows=12, tasks=3, run_cost=16))
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    for batch in batches:
+        assert len(batch) * max(len(rows[i].ids) for i in batch) <= 200
+        assert len(batch) <= 12 and len({id(rows[i].task) for i in batch}) <= 3
+
+
+def test_plan_runs_a_text_over_the_budget_alone() -> None:
+    film = task("film")
+    rows = [row(500, film), row(3, film), row(2, film)]
+    assert plan(rows, BatchLimits(100, 64, 9, 16)) == [[0], [1, 2]]
+
+
+def test_plan_pads_as_long_as_it_costs_less_than_another_run() -> None:
+    film = task("film")
+    rows = [row(length, film) for length in (10, 40, 9, 39, 38, 10)]
+    # 1 + 2 and 0 + 1 padded
+    assert plan(rows, BatchLimits(1000, 64, 9, 3)) == [[1, 3, 4], [0, 5, 2]]
+    assert plan(rows, BatchLimits(1000, 64, 9, 2)) == [[1, 3], [4], [0, 5, 2]]
+    assert plan(rows, BatchLimits(1000, 64, 9, 1000)) == [[1, 3, 4, 0, 5, 2]]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 0), (0, 10), (10, 10)])
+def test_plan_bounds_the_attention_scores(queries: int, keys: int) -> None:
+    film = task("film")
+    limits = BatchLimits(10**6, 64, 9, 10**6, scores=5000, queries=queries, keys=keys)
+    rows = [row(length, film) for length in [90] * 3 + [40] * 5 + [10] * 30]
+    batches = plan(rows, limits)
+    assert sorted(i for batch in batches for i in batch) == list(range(38))
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        longest = len(rows[batch[0]].ids)
+        row_scores = (longest + queries) * (longest + keys)
+        assert len(batch) == 1 or len(batch) * row_scores <= 5000
+        # Full: with the next text it would have been too much.
+        assert not after or (len(batch) + 1) * row_scores > 5000
