@@ -69,8 +69,9 @@ def read_source(path: str, *, clustered: bool) -> SourceData:
     places = [f"{path}, {place}" for place, _ in placed]
     rows = [row for _, row in placed]
     values = [row["label"] for row in rows]
-    names = class_names(path) or find_labels(values, places, "label", "label the texts again")
-    labels = class_codes(values, places, names, ())
+    called = class_names(path)
+    names = called or find_labels(values, places, "label", "label the texts again")
+    labels = class_codes(values, places, names, (), indices=called is not None)
     if len(held := np.unique(labels)) < 2:
         raise UserError(
             f"--data {path} holds texts of class '{names[held[0]]}' only: label it with at least "

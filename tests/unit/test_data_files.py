@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,50 @@ def test_stars_count_from_one(tmp_path: Path, suffix: str) -> None:
     assert (found.names, found.labels.tolist()) == (("1", "2", "3"), [2, 0, 1])
     named = load_examples(path, labels=("1", "2", "3"))
     assert named.labels.tolist() == [2, 0, 1]
+
+
+Labels = Sequence[str] | None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values", "labels", "names"),
+    [
+        (".csv", ["1.0", "4.5", "5.0"], None, ["1.0", "4.5", "5.0"]),
+        (".jsonl", [4.5, 5.0, 5], ["4.5", "5"], ["4.5", "5", "5"]),
+        (".csv", ["02", "none", "01", "03"], None, ["02", "none", "01", "03"]),
+        (".csv", ["02", "01", "03"], None, ["2", "1", "3"]),
+        (".jsonl", [True, False], ["true", "false"], ["true", "false"]),
+        (".jsonl", [True, False], ["False", "True"], ["True", "False"]),
+        (".jsonl", [True, False], ["negative", "positive"], ["positive", "negative"]),
+        (".csv", ["-1", "1"], ["-1", "1"], ["-1", "1"]),
+        (".csv", ["1", "4", "2"], ["1", "2", "4", "5"], ["1", "4", "2"]),
+    ],
+)
+def test_a_value_that_is_spelt_as_a_class_is_that_class(
+    tmp_path: Path, suffix: str, values: list[Any], labels: Labels, names: list[str]
+) -> None:
+    rows = [(f"t{i}", value) for i, value in enumerate(values)]
+    found = load_examples(write(tmp_path / f"a{suffix}", rows), labels=labels)
+    assert [found.names[code] for code in found.labels] == names
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stray", "labels"),
+    [
+        (".csv", "0", ["1", "2", "3", "4", "5"]),  # by its place it would be class "1"
+        (".csv", "1", ["0.5", "1.5"]),
+        (".csv", "1", ["true", "false"]),
+        (".jsonl", True, ["0", "1"]),
+        (".csv", "0", ["2", "none"]),
+    ],
+)
+def test_a_number_among_numbers_that_is_none_of_them_is_refused(
+    tmp_path: Path, suffix: str, stray: Any, labels: list[str]
+) -> None:
+    path = write(tmp_path / f"a{suffix}", [("x", stray)])
+    message = f"line {1 + (suffix == '.csv')}: label .* is not one of {', '.join(labels)}: correct"
+    with pytest.raises(UserError, match=message):
+        load_examples(path, labels=labels)
 
 
 def test_integral_floats_are_indices(tmp_path: Path) -> None:
