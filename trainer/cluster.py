@@ -110,7 +110,9 @@ def run_cluster(config: ClusterConfig) -> None:
     if Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
     names = class_names(config.data) if config.label_column == "label" else None
-    examples = load_examples(config.data, config.text_column, config.label_column, names)
+    examples = load_examples(
+        config.data, config.text_column, config.label_column, names, indices=names is not None
+    )
     if config.limit:
         examples = examples.sample(config.limit, config.seed)
     started = time.monotonic()

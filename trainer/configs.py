@@ -104,8 +104,9 @@ class Sampling:
         "fewer than 80 rows)", minimum=1,
     )  # fmt: skip
     validation: int | None = option(
-        None, help="validation samples drawn by the seed (default: 40, or the rest)", minimum=1
-    )
+        None, help="validation samples drawn by the seed (default: 40, or the rest); from a file's "
+        "own rows for validation, at most so many, where it marks others for testing", minimum=1,
+    )  # fmt: skip
     balanced: bool = option(False, help="draw the same number of each class")
 
 

@@ -154,7 +154,8 @@ def run_evaluate(config: EvaluateConfig) -> None:
     result = evaluate(backbone, record, params, examples, quiet=False)
     result = {
         "prompt": path and str(path), "task": task.name, "split": config.split,
-        "source": examples.source, "backbone": name, "mode": record.mode, **result, "versions": versions(),
+        "source": examples.source, "backbone": name, "mode": record.mode, **result,
+        "versions": versions(),
     }  # fmt: skip
     if config.json == "-":
         sys.stdout.write(json.dumps(result) + "\n")

@@ -45,7 +45,7 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
     if own is not None:
         train = config.train or min(_USUAL, len(pool))
         chosen = draw_few_shot(pool, config.seed, train, 0, task.classes, config.balanced)
-        held = own.sample(config.validation or _USUAL, config.seed)
+        held = _held_out(config, own)
         log.info(
             "%s: %d of %d rows for training are learned from, %d of %d rows for validation choose "
             "the step", pool.source, train, len(pool), len(held), len(own),
@@ -60,6 +60,27 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
         )  # fmt: skip
     chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
     return pool.take(chosen[0]), pool.take(chosen[1])
+
+
+def _held_out(config: TuneConfig | FinetuneConfig, own: Examples) -> Examples:
+    """The validation samples from the rows that a file marks for it.
+
+    Raises:
+        UserError: with --balanced, a class that has too few.
+    """
+    if not config.balanced:
+        return own.sample(config.validation or _USUAL, config.seed)
+    # As many of each class as the rarest has, or as are asked for.
+    count = config.validation or min(_USUAL, len(own.names) * int(own.counts.min()))
+    if not count:
+        rare = own.names[int(own.counts.argmin())]
+        raise UserError(
+            f"{own.source} marks no row of class '{rare}' for validation: mark some, or drop "
+            "--balanced"
+        )
+    generator = np.random.Generator(np.random.PCG64(config.seed))
+    drawn = _draw_balanced(own.labels, generator, count, 0, own.names, own.source)
+    return own.take(drawn[0])
 
 
 def draw_few_shot(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
-from trainer.data import Examples, load_task, marks_validation
+from trainer.data import Examples, LabelledFile, load_task, read_file
 from trainer.runs import RUN_FILE
-from trainer.tasks import Task, get_task, task_from_file
+from trainer.tasks import Task, get_task, make_task
 
 if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     import torch
@@ -95,38 +96,48 @@ class TaskOptions:
         Raises:
             UserError: neither --task nor --data is given, or they are wrong.
         """
-        from dataclasses import replace
-
+        changes: dict[str, Any] = {
+            "labels": tuple(self.labels), "words": tuple(self.words), "template": self.template
+        }  # fmt: skip
+        changes = {name: value for name, value in changes.items() if value}
         if self.task is not None:
-            task = get_task(self.task)
-        elif self.data is not None:
-            extra = {} if self.template is None else {"template": self.template}
-            task = task_from_file(
-                self.data, self.text_column or "text", self.label_column,
-                self.labels or None, self.words or None, **extra,
-            )  # fmt: skip
-        else:
+            return replace(get_task(self.task), **changes)  # in one step: C may be another
+        if self.data is None:
             raise UserError("--task or --data is missing: name a registered task or a local file")
-        if self.labels:
-            task = replace(task, labels=tuple(self.labels))
-        if self.words:
-            task = replace(task, words=tuple(self.words))
-        if self.template:
-            task = replace(task, template=self.template)
-        return task
+        names = self._read(self.text_column or "text").examples(self.labels or None).names
+        task = make_task(
+            Path(self.data).stem, names, self.words or None, description=f"from {self.data}"
+        )
+        return replace(task, **changes)
 
     def load(self, task: Task, split: str | None) -> Examples:
         """The task's rows of a split (None for all)."""
-        return load_task(
-            task, split, data=self.data, data_dir=self.data_dir,
-            text_column=self.text_column, label_column=self.label_column,
-        )  # fmt: skip
+        if self.data is None:
+            return load_task(
+                task, split, data_dir=self.data_dir,
+                text_column=self.text_column, label_column=self.label_column,
+            )  # fmt: skip
+        file = self._read(self.text_column or task.text_format)
+        return file.examples(task.labels, split, task.drop)
 
     def load_validation(self, task: Task) -> Examples | None:
         """The rows that --data marks for validation, where it marks others for testing; or None."""
-        if self.data is None or not marks_validation(self.data):
+        if self.data is None:
             return None
-        return self.load(task, "validation")
+        file = self._read(self.text_column or task.text_format)
+        return self.load(task, "validation") if file.marks_validation else None
+
+    @cached_property
+    def _files(self) -> dict[str, LabelledFile]:
+        return {}
+
+    def _read(self, text_format: str) -> LabelledFile:
+        """--data, which is read once for all that is asked about it."""
+        text_format = text_format if "{" in text_format else "{" + text_format + "}"
+        if text_format not in self._files:
+            assert self.data is not None
+            self._files[text_format] = read_file(self.data, text_format, self.label_column)
+        return self._files[text_format]
 
 
 def pick_device(name: str) -> torch.device:

@@ -189,6 +189,7 @@ def test_the_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> Non
 
     text = shown("finetune")
     assert "`evaluate FOLDER` reads it" in text and "--model" not in text
+    assert "own rows for validation, at most so many, where it marks others for testing" in text
     text = shown("evaluate")
     assert "rows of a fifth of its sentences, chosen by hash, which tuning never draws" in text
     assert "label word of each class, for a prompt without a task.json" in text

@@ -133,6 +133,14 @@ def test_what_label_wrote_is_named_by_its_record(tmp_path: Path) -> None:
     assert class_names(path) is None
 
 
+def test_indices_of_a_file_that_names_its_classes_stay_indices(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.parquet"
+    table = arrow.table({"text": [f"text {i}" for i in range(40)], "label": [0, 1] * 20})
+    parquet.write_table(table.replace_schema_metadata(class_metadata(["true", "false"])), path)
+    data = read_source(str(cluster(tmp_path, path)), clustered=True)
+    assert (data.names, data.labels.tolist()) == (("true", "false"), [0, 1] * 20)
+
+
 def test_a_folder_of_shards_is_named_by_its_record(tmp_path: Path) -> None:
     table = arrow.table({"text": ["a", "b"], "label": [1, 0], "cluster": [0, 1]})
     parquet.write_table(table, tmp_path / "part-00000.parquet")

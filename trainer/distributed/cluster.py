@@ -103,14 +103,14 @@ class Embed:
 class Assign(Embed):
     """An actor: labelled texts in; text, label and cluster out."""
 
-    def __init__(self, source: str, centres: np.ndarray, names: list[str]):
+    def __init__(self, source: str, centres: np.ndarray, names: list[str], indices: bool):
         super().__init__(source)
-        self.centres, self.names = centres, names
+        self.centres, self.names, self.indices = centres, names, indices
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[override]
         whole = batch["bad"] == ""  # what is not was reported when the texts were counted
         texts, labels = batch["text"][whole], batch["label"][whole].tolist()
-        codes = class_codes(labels, labels, self.names, ())
+        codes = class_codes(labels, labels, self.names, (), indices=self.indices)
         found = np.empty(0, np.int64)
         if len(texts):
             found = nearest(self.vectors(texts.tolist()), self.centres)
@@ -174,8 +174,9 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     with staged(config.out) as place:
         raw = Shards.under(place, "raw")
         assigned = read_files(ray, files, reader).map_batches(
-            Assign, fn_constructor_args=(source, centres, names), batch_size=_BATCH, **actors
-        )
+            Assign, fn_constructor_args=(source, centres, names, called is not None),
+            batch_size=_BATCH, **actors,
+        )  # fmt: skip
         raw.write(assigned)
         table = raw.count(len(centres), len(names))
         if table.sum() != rows:
