@@ -33,8 +33,7 @@ def source(tmp_path: Path, labels: list[str], header: str = "text,label") -> Pat
 
 
 def words_of(data: SourceData, *words: str) -> list[str]:
-    config = MetaConfig(data="", out="", words=list(words))
-    return source_words(config, data.classes, data.names)
+    return source_words(words, data)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     flag = "--outer-rate" if meta else "--ppt-rate"
     options = RunOptions(checkpoint, settings, quiet=where.quiet, rate_flag=flag)
     loop = train(backbone, data, config, options)
-    words = source_words(config, data.classes)
+    words = source_words(config.words, data)
     prompt = source_prompt(loop, config, words, settings["method"])
     prompt.task.figures["seconds"] = round(time.monotonic() - started, 1)
     record = {"settings": settings, "versions": versions()}
