@@ -20,7 +20,7 @@ from trainer.data import Examples
 from trainer.figures import as_table, figures
 from trainer.labels import class_order
 from trainer.modes import Params
-from trainer.options import pick_device
+from trainer.options import output_file, pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
@@ -132,6 +132,8 @@ def _match(task: Task, record: TaskRecord) -> list[int]:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """`python -m trainer evaluate`."""
+    if config.json and config.json != "-":
+        output_file(config.json, flag="--json")
     path = None if config.prompt is None else Path(config.prompt)
     prompt = Prompt({}, TaskRecord(mode="none")) if path is None else _load(path)
     record = prompt.task

@@ -28,6 +28,7 @@ from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
 from trainer.labels import class_metadata
+from trainer.options import output_file
 from trainer.remote import Source, size_of
 from trainer.reservoir import Reservoir, fingerprint
 from trainer.runs import data_digest, write_record
@@ -218,10 +219,7 @@ def _check(config: LabelConfig) -> None:
     least, most = word_bounds(config)
     if least > most:
         raise UserError(f"--min-words {least} is above --max-words {most}")
-    if Path(config.out).suffix != ".parquet":
-        raise UserError(f"--out {config.out}: the name must end in .parquet")
-    if Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
+    output_file(config.out, ".parquet")
 
 
 def word_bounds(config: LabelConfig) -> tuple[int, int]:

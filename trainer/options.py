@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from serve.bundle import MODES
@@ -163,15 +165,56 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_writable(path: Path, flag: str = "--out") -> Path:
+    """The path, once a file of its name could be made beside it: before hours of work, not after.
+
+    Raises:
+        UserError: it has no name (`.`), or what it shall stand in cannot be made or written to.
+    """
+    if path.name in ("", ".."):
+        raise UserError(
+            f"{flag} {path} is no name of its own: pass one that can be made, as runs/a"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror or error}): pass another {flag}"
+        ) from None
+    return path
+
+
+def output_file(out: str, suffix: str | None = None, flag: str = "--out") -> Path:
+    """The file that a command writes, checked before the work starts.
+
+    Args:
+        suffix: what its name must end in; None for any.
+        flag: the flag that named it, for errors.
+
+    Raises:
+        UserError: another suffix, a folder, or see `check_writable`.
+    """
+    path = Path(out)
+    if suffix is not None and path.suffix != suffix:
+        raise UserError(f"{flag} {out}: the name must end in {suffix}")
+    if os.path.isdir(out):
+        raise UserError(f"{flag} {out} is a folder, but a file is written: pass another")
+    return check_writable(path, flag)
+
+
 def output_folder(out: str) -> Path:
     """Where a command writes, checked before the work starts.
 
     Raises:
-        UserError: it is a file.
+        UserError: it is a file, or see `check_writable`.
     """
     path = Path(out)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # which pass over a name too long
         raise UserError(f"--out {out} is a file, but a folder is written: pass another --out")
+    # What stands there is added to, and so may be the current folder.
+    check_writable(path / "out" if os.path.isdir(out) else path)
     return path
 
 
@@ -184,7 +227,7 @@ def result_folder(out: str, mark: str = RUN_FILE) -> Path:
     Raises:
         UserError: the folder holds something that is not the result of an earlier run.
     """
-    path = output_folder(out)
+    path = check_writable(output_folder(out))
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise UserError(
             f"--out {out} holds other files, which the result would replace: pass another --out"

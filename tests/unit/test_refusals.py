@@ -13,9 +13,10 @@ import pytest
 from demo.__main__ import check_port
 from serve.cli import Command, run
 from serve.errors import Failure, UserError
+from trainer.__main__ import commands
 from trainer.data import Examples
 from trainer.few_shot import draw_few_shot
-from trainer.options import result_folder
+from trainer.options import output_file, output_folder, result_folder
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
@@ -27,6 +28,45 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     assert result_folder(str(tmp_path / "new")) == tmp_path / "new"
     (tmp_path / "empty").mkdir()
     assert result_folder(str(tmp_path / "empty")) == tmp_path / "empty"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (str(tmp_path / "file" / "new"), str(tmp_path / ("long" * 70))):
+        for check in (output_folder, result_folder, output_file):
+            with pytest.raises(UserError, match=r"--out .* cannot be written \(.*\): pass another"):
+                check(out)
+    for out in (".", "..", ""):
+        with pytest.raises(UserError, match=r"--out .* is no name of its own"):
+            result_folder(out)
+    with pytest.raises(UserError, match="a folder, but a file is written"):
+        output_file(str(tmp_path))
+    with pytest.raises(UserError, match=r"--out a\.csv: the name must end in \.parquet"):
+        output_file("a.csv", ".parquet")
+    path = tmp_path / "not" / "yet" / "x.parquet"
+    assert output_file(str(path), ".parquet") == path
+    assert list(path.parent.iterdir()) == []  # what was tried is gone
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["label", "--corpus", "none.txt", "--out", "file/x.parquet"], "--out"),
+        (["cluster", "--data", "none.csv", "--out", "file/x.parquet"], "--out"),
+        (["evaluate", "none", "--json", "file/x.json"], "--json"),
+        (["tune", "--task", "vader-film-2", "--out", "file/x"], "--out"),
+        (["finetune", "--data", "none.csv", "--out", "."], "--out"),
+        (["meta", "--data", "none.csv", "--out", "file/x"], "--out"),
+    ],
+)
+def test_a_command_asks_for_its_output_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    argv: list[str], flag: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert run("python -m trainer", "", commands(argv), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag} {argv[-1]} ")
 
 
 def test_a_port_that_is_taken_is_said_before_the_page_is_built() -> None:
