@@ -24,7 +24,7 @@ from serve.files import atomic_write
 from trainer.data import Examples, load_examples
 from trainer.embed import embed
 from trainer.labels import class_metadata, class_names
-from trainer.options import output_file
+from trainer.options import MOST_SEED, output_file
 from trainer.reservoir import rank
 from trainer.runs import write_record
 
@@ -89,7 +89,7 @@ class ClusterConfig:
         "--data may then be many files or an address, and --out is a folder or address",
     )  # fmt: skip
     cache: bool = option(True, help="keep the embeddings for the next run")
-    seed: int = option(1, help="seed of the method's random starts", minimum=0)
+    seed: int = option(1, help="seed of the method's random starts", minimum=0, maximum=MOST_SEED)
 
     examples = [
         "--data pseudo.parquet --out clusters.parquet",

@@ -28,7 +28,7 @@ from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
 from trainer.labels import class_metadata
-from trainer.options import output_file
+from trainer.options import MOST_SEED, output_file
 from trainer.remote import Source, size_of
 from trainer.reservoir import Reservoir, fingerprint
 from trainer.runs import data_digest, write_record
@@ -120,7 +120,9 @@ class LabelConfig:
         None, metavar="ADDRESS",
         help="annotate on a Ray cluster: its address, `auto`, or `local` for this machine's cores",
     )  # fmt: skip
-    seed: int = option(1, help="chooses which of the sure sentences are kept", minimum=0)
+    seed: int = option(
+        1, help="chooses which of the sure sentences are kept", minimum=0, maximum=MOST_SEED
+    )
 
     examples = [
         "--corpus 'wiki/*.txt.gz' --data-dir data --exclude data/sst2.parquet --out sure.parquet",

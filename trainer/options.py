@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     from trainer.backbone import Backbone
 
 
+MOST_SEED = 2**32 - 1  # what scikit-learn and SetFit take
 PAPER_TOKENS = 100  # section 5.1
 MINI_TOKENS = 20  # more did no more (model card), and the graph that ships has room for so many
 
@@ -35,7 +36,7 @@ class BackboneOptions:
     max_tokens: int = option(
         128, help="longest input, the template included; text is cut, never the template", minimum=8
     )
-    seed: int = option(1, help="seed of every random draw", minimum=0)
+    seed: int = option(1, help="seed of every random draw", minimum=0, maximum=MOST_SEED)
 
     def load_backbone(self, *, trainable: bool = False) -> Backbone:
         """The backbone on its device, or this process's part of it.
@@ -159,9 +160,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is unknown: use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is unknown: use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is visible here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
     return device
 
 

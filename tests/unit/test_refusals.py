@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from demo.__main__ import check_port
 from serve.cli import Command, run
@@ -16,7 +17,7 @@ from serve.errors import Failure, UserError
 from trainer.__main__ import commands
 from trainer.data import Examples
 from trainer.few_shot import draw_few_shot
-from trainer.options import output_file, output_folder, result_folder
+from trainer.options import output_file, output_folder, pick_device, result_folder
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
@@ -67,6 +68,49 @@ def test_a_command_asks_for_its_output_first(
     Path("file").write_text("mine")
     assert run("python -m trainer", "", commands(argv), argv) == 2
     assert capsys.readouterr().err.startswith(f"error: {flag} {argv[-1]} ")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mps", "meta", "xla:0", "gpu", "cuda:-1"):
+        with pytest.raises(UserError, match=rf"--device {name} is unknown: use auto, cpu or cuda"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device is visible here; use --device cpu"):
+        pick_device("cuda:9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:2: the last CUDA device here is cuda:1"):
+        pick_device("cuda:2")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+TUNE = ["tune", "--task", "sst2", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*TUNE, "--seed", str(2**32)], "--seed must be at most"),
+        (["cluster", "--data", "x", "--out", "x.parquet", "--seed", str(2**64)], "--seed must be"),
+        (["label", "--out", "x.parquet", "--seed", str(10**30)], "--seed must be at most"),
+        (["quickstart", "--seed", str(2**32)], "--seed must be at most"),
+        (["reproduce", "table1", "--seeds", "1", str(2**32)], "--seeds must be at most"),
+        (["reproduce", "table1", "--modes", "constants"], "--modes takes one of prefix, full, dee"),
+        (["reproduce", "table1", "--start", "nonsense"], "--start takes one of vocab, random, not"),
+        (
+            ["reproduce", "table1", "--device", "mps", "--methods", "ft"],
+            "--device mps is unknown: use",
+        ),
+    ],
+)
+def test_what_would_end_in_a_traceback_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    argv: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run("python -m trainer", "", commands(argv), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_a_port_that_is_taken_is_said_before_the_page_is_built() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve.bundle import MODES
 from serve.cli import option
+from trainer.options import MOST_SEED
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
@@ -32,8 +34,10 @@ class ReproduceConfig:
         help="rows (default: the paper's, and SetFit); words is the template alone, pt-vocab is PT "
         "from words of the vocabulary, metapt-ppt is MetaPT from PPT's prompt",
     )
-    seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0)
-    modes: list[str] = option(["full"], help="attention modes; full is the paper's")
+    seeds: list[int] = option(
+        [1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0, maximum=MOST_SEED
+    )
+    modes: list[str] = option(["full"], help="attention modes; full is the paper's", choices=MODES)
     data_dir: str | None = option(None, help="a folder of task files in place of the hub")
     source: str | None = option(
         None, help="source texts: a file with text and label, and cluster if it is to be kept",
@@ -81,7 +85,7 @@ class ReproduceConfig:
     outer_clip: float = option(
         0.0, help="beyond the paper: largest norm of their gradients (0: any)", minimum=0
     )
-    start: str = option("vocab", help="where MetaPT and PPT start: vocab or random")
+    start: str = option("vocab", help="where MetaPT and PPT start", choices=("vocab", "random"))
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
     ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0)
     ppt_batch: int = option(80, help="rows a step of PPT: as many as ten tasks of 4 + 4", minimum=1)
@@ -93,6 +97,11 @@ class ReproduceConfig:
     jobs: int = option(1, help="runs at a time, each a process of its own", minimum=1)
     threads: int = option(0, help="CPU threads a job (0: all cores shared evenly)", minimum=0)
     plan: bool = option(False, help="show what is left and write what there is, run nothing")
+
+    def __post_init__(self) -> None:
+        # A run that is named twice would count twice in means and tests.
+        for name in ("tasks", "methods", "seeds", "modes", "sizes"):
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))
 
     examples = [
         "table1 --data-dir data --source runs/clusters.parquet --out runs/paper",
