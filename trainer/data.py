@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from serve.errors import UserError
 from trainer.labels import class_codes, find_labels
+from trainer.spelling import fingerprint
 from trainer.tables import Row, check_file, iterate_rows
 from trainer.tasks import Hub, Task, fill_format, format_columns, get_task, readable_aspect
 
@@ -28,7 +27,6 @@ _MARKED = {  # what files call the splits, without case
     "eval": "validation", "evaluation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ def choose_split(
                 "that is chosen by hash, or mark rows in a column 'split'"
             )
         parts = examples.texts if sentences is None else sentences
-        tested = [_hash(part) % 5 == 0 for part in parts]
+        tested = [fingerprint(part) % 5 == 0 for part in parts]
         if split == "test":
             logger.info("%s marks no test rows: a fifth, chosen by hash, is used", examples.source)
         keep = [is_test == (split == "test") for is_test in tested]
@@ -283,15 +281,6 @@ def _marked(mark: Any, source: str) -> str | None:
             "something else"
         )
     return _MARKED.get(name)
-
-
-def normalise(text: str) -> str:
-    """Letters and digits only, in lower case: two spellings of one sentence become equal."""
-    return _MARKS.sub("", text.casefold())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(normalise(text).encode(), digest_size=8).digest(), "big")
 
 
 def load_task(

@@ -30,8 +30,9 @@ from trainer.data import Examples, load_examples, load_task
 from trainer.labels import class_metadata
 from trainer.options import MOST_SEED, output_file
 from trainer.remote import Source, size_of
-from trainer.reservoir import Reservoir, fingerprint
+from trainer.reservoir import Reservoir
 from trainer.runs import data_digest, write_record
+from trainer.spelling import fingerprint
 from trainer.tables import iterate_rows
 
 logger = logging.getLogger(__name__)

@@ -24,9 +24,10 @@ import numpy as np
 from serve.bundle import MODES
 from serve.cli import as_json, option
 from serve.files import atomic_write, write_json
-from trainer.data import Examples, load_task, normalise
+from trainer.data import Examples, load_task
 from trainer.options import MOST_SEED, output_folder, pick_device
 from trainer.runs import RUN_FILE, versions, write_record
+from trainer.spelling import normalise
 
 if TYPE_CHECKING:
     from trainer.prompt import Prompt

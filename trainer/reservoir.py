@@ -9,7 +9,6 @@ classes, not on the length of the stream.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from serve.errors import Failure
 from serve.files import atomic_folder, read_json
 from trainer.corpus import Sentence
-from trainer.data import normalise
+from trainer.spelling import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +40,6 @@ class Entry(NamedTuple):
     source: str
     place: Place
     times: int = 1
-
-
-def fingerprint(text: str) -> int:
-    """64 bits of the letters and digits of a text: equal for two spellings of one sentence."""
-    digest = hashlib.blake2b((normalise(text) or text).encode("utf-8", "replace"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
 
 
 def rank(mark: int, seed: int) -> int:

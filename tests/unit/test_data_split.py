@@ -189,3 +189,9 @@ def test_a_files_own_validation_rows_are_balanced_too(tmp_path: Path) -> None:
     assert held(balanced=True, seed=2).texts != held(balanced=True).texts
     with pytest.raises(UserError, match="3 samples of class 'good', but a balanced draw needs 4"):
         held(balanced=True, validation=8)
+
+
+def test_texts_of_signs_alone_are_cut_one_by_one(tmp_path: Path) -> None:
+    texts = [chr(0x1F600 + i) * n for i in range(60) for n in (1, 2)]
+    path = write(tmp_path / "a.parquet", text=texts)
+    assert 10 < len(load_examples(path, split="test")) < 40

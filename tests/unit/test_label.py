@@ -23,7 +23,8 @@ from trainer.corpus import Sentence
 from trainer.data import Examples
 from trainer.label import LabelConfig, run_label
 from trainer.labels import class_names
-from trainer.reservoir import BINS, Reservoir, fingerprint
+from trainer.reservoir import BINS, Reservoir
+from trainer.spelling import fingerprint
 
 
 def chunk_of(count: int, classes: int, seed: int) -> tuple[list[Sentence], np.ndarray]:
