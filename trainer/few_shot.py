@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,11 @@ def draw_few_shot(
     names = [*examples.names, *(str(i) for i in range(len(examples.names), classes))]
     where = examples.source or "the data"
     need = train + validation
+    if validation and len(examples) <= classes:
+        raise UserError(
+            f"{where} has {len(examples)} rows to learn from, but {classes} classes need one each "
+            "and one more to choose by: add rows"
+        )
     if len(examples) < need:
         raise UserError(
             f"{where} has {len(examples)} rows to learn from (a fifth of a file without a column "
@@ -121,9 +127,11 @@ def draw_few_shot(
         )
     counts = np.bincount(examples.labels, minlength=classes)
     if empty := [f"'{names[index]}'" for index in np.flatnonzero(counts == 0)]:
+        held = [names[index] for index in np.flatnonzero(counts)]
+        drop = "" if len(held) < 2 else f", or leave it out: --labels {shlex.join(held)}"
         raise UserError(
-            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add some, "
-            "or drop it"
+            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add "
+            f"some{drop}"
         )
     if train < classes:
         raise UserError(f"{train} training samples cannot hold {classes} classes: draw more")

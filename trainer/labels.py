@@ -151,16 +151,27 @@ def find_labels(
     numbers = [index for index in indices if index is not None]
     if len(numbers) == len(values):
         low, high = min(numbers), max(numbers)
+        met = [str(number) for number in sorted(set(numbers))]
         if low < 0 or high >= _MOST_CLASSES:
             at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
+            if high < _MOST_CLASSES and len(met) <= _MOST_STARS and advice == _ADVICE:
+                advice = f"to take them for names pass --labels {' '.join(met)}"
+                if len(met) == 2:
+                    advice += " (and to tune --words bad good)"
             raise UserError(
                 f"{places[at]}: label {values[at]!r} is no class index: class indices count from "
                 f"0; {advice}"
             )
-        if low == 1 and high <= _MOST_STARS:
+        first = 1 if low == 1 and high <= _MOST_STARS else 0
+        names = [str(index) for index in range(first, high + 1)]
+        if first:
             logger.info("labels 1 to %d are taken for %d classes", high, high)
-            return [str(index) for index in range(1, high + 1)]
-        return [str(index) for index in range(high + 1)]
+        if len(met) < len(names) and advice == _ADVICE:
+            logger.info(
+                "column '%s' has no %s: where there is no such class, pass --labels %s",
+                column, ", ".join(name for name in names if name not in met), " ".join(met),
+            )  # fmt: skip
+        return names
     for value, place in zip(values, places, strict=True):
         if not isinstance(value, str):
             raise UserError(

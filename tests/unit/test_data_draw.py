@@ -67,6 +67,8 @@ def test_balanced_draws_give_equal_shares() -> None:
         ([30, 30], {}, r"has 60 rows to learn from .* 40 \+ 40 are .* up to 60 at most"),
         ([100, 0], {}, "pool.csv has no sample of class 'class 1'"),
         ([100, 100], {"classes": 3}, r"has no sample of class '2' \(of 3 classes\)"),
+        ([50, 0, 50], {}, r"class 1' \(of 3 classes\): .* --labels 'class 0' 'class 2'$"),
+        ([1, 1], {"train": 2, "validation": 1}, "has 2 rows .*, but 2 classes need one each and o"),
         ([0, 100, 0], {}, r"no sample of class 'class 0', 'class 2' \(of 3 classes\)"),
         ([50, 50, 50], {"train": 2}, "2 training samples cannot hold 3 classes"),
         (
