@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
 
 
 MOST_SEED = 2**32 - 1  # what scikit-learn and SetFit take
+MOST_RATE = 1000.0  # a step moves a number by about the rate: beyond float32 from some 1e38 on
 PAPER_TOKENS = 100  # section 5.1
 MINI_TOKENS = 20  # more did no more (model card), and the graph that ships has room for so many
 

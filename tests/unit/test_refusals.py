@@ -94,6 +94,17 @@ TUNE = ["tune", "--task", "sst2", "--out", "x"]
         ([*TUNE, "--seed", str(2**32)], "--seed must be at most"),
         (["cluster", "--data", "x", "--out", "x.parquet", "--seed", str(2**64)], "--seed must be"),
         (["label", "--out", "x.parquet", "--seed", str(10**30)], "--seed must be at most"),
+        ([*TUNE, "--rate", "1e38"], "--rate must be at most 1000, not 1e38"),
+        ([*TUNE, "--weight-decay", "1e38"], "--weight-decay must be at most 1000"),
+        (
+            ["finetune", "--task", "sst2", "--out", "x", "--rate", "1e38"],
+            "--rate must be at most 1",
+        ),
+        (
+            ["meta", "--data", "x", "--out", "x", "--inner-rate", "1e38"],
+            "--inner-rate must be at m",
+        ),
+        (["reproduce", "table1", "--ppt-rate", "1e38"], "--ppt-rate must be at most 1000"),
         (["quickstart", "--seed", str(2**32)], "--seed must be at most"),
         (["reproduce", "table1", "--seeds", "1", str(2**32)], "--seeds must be at most"),
         (["reproduce", "table1", "--modes", "constants"], "--modes takes one of prefix, full, dee"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from serve.bundle import MODES
 from serve.cli import option
-from trainer.options import MOST_SEED
+from trainer.options import MOST_RATE, MOST_SEED
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
@@ -65,9 +65,12 @@ class ReproduceConfig:
     meta_evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
     meta_patience: int = option(6, help="evaluations without a better score (A.3)", minimum=1)
     inner_rate: float = option(
-        0.08, help="alpha (A.3); 0: by search at the start, beyond the paper", minimum=0
+        0.08,
+        help="alpha (A.3); 0: by search at the start, beyond the paper",
+        minimum=0,
+        maximum=MOST_RATE,
     )
-    outer_rate: float = option(0.025, help="beta (A.3)", minimum=0)
+    outer_rate: float = option(0.025, help="beta (A.3)", minimum=0, maximum=MOST_RATE)
     inner_steps: int = option(1, help="inner steps", minimum=1)
     samples: int = option(4, help="support rows a task, and as many query rows (A.3)", minimum=1)
     balanced: bool = option(False, help="draw the classes of support and query evenly")
@@ -87,10 +90,14 @@ class ReproduceConfig:
     )
     start: str = option("vocab", help="where MetaPT and PPT start", choices=("vocab", "random"))
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
-    ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0)
+    ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0, maximum=MOST_RATE)
     ppt_batch: int = option(80, help="rows a step of PPT: as many as ten tasks of 4 + 4", minimum=1)
-    rate: float = option(3e-3, help="downstream rate of prompts (A.4)", minimum=0)
-    ft_rate: float = option(3e-4, help="downstream rate of full tuning", minimum=0)
+    rate: float = option(
+        3e-3, help="downstream rate of prompts (A.4)", minimum=0, maximum=MOST_RATE
+    )
+    ft_rate: float = option(
+        3e-4, help="downstream rate of full tuning", minimum=0, maximum=MOST_RATE
+    )
     epochs: int = option(200, help="downstream epochs at most (A.4)", minimum=1)
     patience: int = option(6, help="downstream epochs without a better score (A.4)", minimum=1)
     device: str = option("auto", help="auto (every GPU there is, else the CPU), cpu, cuda:1 ...")

@@ -155,7 +155,8 @@ def _run_full(
 ) -> dict[str, Any]:  # fmt: skip
     backbone = load_backbone(where.backbone, device=where.device, trainable=True)
     config = FinetuneConfig(out="", **_shared(settings))
-    loop = finetune(backbone, task, train, validation, config, RunOptions(quiet=where.quiet))
+    options = RunOptions(quiet=where.quiet, rate_flag="--ft-rate")
+    loop = finetune(backbone, task, train, validation, config, options)
     record = TaskRecord(
         name=task.name, labels=list(task.labels), words=list(task.words), template=task.template,
         mode="none", max_tokens=config.max_tokens,
