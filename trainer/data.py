@@ -307,8 +307,10 @@ def load_task(
     """
     if isinstance(task, str):
         task = get_task(task)
-    if data is None and data_dir is not None and task.files:
-        data = _in_folder(Path(data_dir), task)
+    if data is None and data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a folder: check the path")
+        data = _in_folder(Path(data_dir), task) if task.files else None
     if data is not None:
         form = text_column or task.text_format
         return load_examples(data, form, label_column, task.labels, split, task.drop)
@@ -325,8 +327,6 @@ def load_task(
 
 
 def _in_folder(folder: Path, task: Task) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder} is not a folder: check the path")
     for stem in task.files:
         for suffix in (".parquet", ".jsonl", ".csv", ".tsv"):
             if (path := folder / f"{stem}{suffix}").is_file():

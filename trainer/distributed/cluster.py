@@ -202,7 +202,7 @@ def _collect(picked: Any, fit: int, bad: BadFiles) -> tuple[arrow.Table, int, li
     """The sample in the order of the rows, the number of all rows, and the labels' values."""
     rows, values = 0, set[str]()
     sample = _PICKED.empty_table()
-    with tqdm(unit=" texts", unit_scale=True, desc="count") as bar:
+    with tqdm(unit=" texts", unit_scale=True, desc="count", disable=None) as bar:
         for block in picked.iter_batches(batch_size=None, batch_format="pyarrow"):
             for counts in map(json.loads, block["counts"].drop_null().to_pylist()):
                 for message in counts["bad"]:
@@ -226,7 +226,7 @@ def _embed(ray: Any, sample: arrow.Table, source: str, actors: dict[str, Any]) -
     texts = ray.data.from_arrow([part.select(["place", "text"]) for part in parts])
     found = texts.map_batches(Embed, fn_constructor_args=(source,), batch_size=_BATCH, **actors)
     places, vectors = [], []
-    with tqdm(total=len(sample), unit="text", desc="embed the sample") as bar:
+    with tqdm(total=len(sample), unit="text", desc="embed the sample", disable=None) as bar:
         for block in found.iter_batches(batch_size=None, batch_format="numpy"):
             places.append(block["place"])
             vectors.append(block["vector"])
