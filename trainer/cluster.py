@@ -24,6 +24,7 @@ from serve.files import atomic_write
 from trainer.data import Examples, load_examples
 from trainer.embed import embed
 from trainer.labels import class_metadata, class_names
+from trainer.options import MOST_SEED, output_file
 from trainer.reservoir import rank
 from trainer.runs import write_record
 
@@ -88,7 +89,7 @@ class ClusterConfig:
         "--data may then be many files or an address, and --out is a folder or address",
     )  # fmt: skip
     cache: bool = option(True, help="keep the embeddings for the next run")
-    seed: int = option(1, help="seed of the method's random starts", minimum=0)
+    seed: int = option(1, help="seed of the method's random starts", minimum=0, maximum=MOST_SEED)
 
     examples = [
         "--data pseudo.parquet --out clusters.parquet",
@@ -105,12 +106,11 @@ def run_cluster(config: ClusterConfig) -> None:
 
         run_on_ray(config)
         return
-    if Path(config.out).suffix != ".parquet":
-        raise UserError(f"--out {config.out}: the name must end in .parquet")
-    if Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
+    output_file(config.out, ".parquet")
     names = class_names(config.data) if config.label_column == "label" else None
-    examples = load_examples(config.data, config.text_column, config.label_column, names)
+    examples = load_examples(
+        config.data, config.text_column, config.label_column, names, indices=names is not None
+    )
     if config.limit:
         examples = examples.sample(config.limit, config.seed)
     started = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve.cli import option
-from trainer.options import BackboneOptions, PromptOptions, TaskOptions
+from trainer.options import MOST_RATE, BackboneOptions, PromptOptions, TaskOptions
 from trainer.tasks import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SourceOptions(PromptOptions):
     validation_share: float = option(
         0.1, help="share of each cluster's rows held out for evaluation", minimum=0.01, maximum=0.5
     )
-    rate: float = option(0.025, help="AdamW's learning rate", minimum=0)
+    rate: float = option(0.025, help="AdamW's learning rate", minimum=0, maximum=MOST_RATE)
     decay: bool = option(False, help="let the rate fall linearly to zero at the last step")
     clip: float = option(0.0, help="largest norm of a step's gradient (0: any)", minimum=0)
 
@@ -60,11 +60,11 @@ class MetaConfig(SourceOptions):
     """
 
     inner_rate: float = option(
-        0.08, minimum=0,
+        0.08, minimum=0, maximum=MOST_RATE,
         help="alpha, plain gradient descent (A.3; the paper's models). 0: the one that lowers the "
         "query loss most at the start, by search",
     )  # fmt: skip
-    rate: float = option(0.025, help="beta, AdamW (A.3)", minimum=0)
+    rate: float = option(0.025, help="beta, AdamW (A.3)", minimum=0, maximum=MOST_RATE)
     samples: int = option(4, help="M, support rows a task, and as many query rows", minimum=1)
     inner_steps: int = option(1, help="inner steps (equation 1) a task", minimum=1)
     order: str = option("second", help="second is exact MAML", choices=("second", "first"))
@@ -104,8 +104,9 @@ class Sampling:
         "fewer than 80 rows)", minimum=1,
     )  # fmt: skip
     validation: int | None = option(
-        None, help="validation samples drawn by the seed (default: 40, or the rest)", minimum=1
-    )
+        None, help="validation samples drawn by the seed (default: 40, or the rest); from a file's "
+        "own rows for validation, at most so many, where it marks others for testing", minimum=1,
+    )  # fmt: skip
     balanced: bool = option(False, help="draw the same number of each class")
 
 
@@ -123,13 +124,13 @@ class TuneConfig(PromptOptions, TaskOptions, Sampling):
         "prompt folder (MetaPT's, PPT's ...)",
     )  # fmt: skip
     name: str | None = option(None, help="name of the prompt's task (default: the task's)")
-    rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0)
+    rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0, maximum=MOST_RATE)
     warmup: int = option(20, help="steps of linear warm-up (A.4)", minimum=0)
     batch: int = option(4, help="samples a batch (A.4)", minimum=1)
     accumulation: int = option(8, help="batches a step (A.4); they run as one product", minimum=1)
     epochs: int = option(200, help="epochs at most (A.4)", minimum=1)
     patience: int = option(6, help="epochs without a better accuracy or loss (A.4)", minimum=1)
-    weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
+    weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0, maximum=MOST_RATE)
 
     examples = [
         "--task sst2 --init runs/metapt --out runs/sst2",
@@ -145,7 +146,7 @@ class FinetuneConfig(BackboneOptions, TaskOptions, Sampling):
     """
 
     out: str = option(help="folder of the tuned model")
-    rate: float = option(3e-4, help="AdamW's learning rate", minimum=0)
+    rate: float = option(3e-4, help="AdamW's learning rate", minimum=0, maximum=MOST_RATE)
     warmup: int = option(20, help="steps of linear warm-up", minimum=0)
     batch: int = option(4, help="samples a batch", minimum=1)
     accumulation: int = option(8, help="batches a step; they run as one product", minimum=1)

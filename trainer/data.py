@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from serve.errors import UserError
 from trainer.labels import class_codes, find_labels
+from trainer.spelling import fingerprint
 from trainer.tables import Row, check_file, iterate_rows
 from trainer.tasks import Hub, Task, fill_format, format_columns, get_task, readable_aspect
 
@@ -28,7 +27,6 @@ _MARKED = {  # what files call the splits, without case
     "eval": "validation", "evaluation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_MARKS = re.compile(r"[\W_]+")  # what is neither letter nor digit
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,83 @@ def _shuffled(size: int, seed: int) -> np.ndarray:
     return np.argsort(np.random.Generator(np.random.PCG64(seed)).random(size), kind="stable")
 
 
+@dataclass(frozen=True)
+class LabelledFile:
+    """N rows of a local file, read once, before it is said what their classes are.
+
+    Attributes:
+        path: the file; label_column: its column of labels.
+        texts: N strings.
+        values: N labels as they stand; places: where each stands, for errors.
+        marks: N values of a column `split`, None where there is none.
+        sentences: N texts without aspect or target, by which a file without marks is cut.
+    """
+
+    path: str
+    label_column: str
+    texts: list[str]
+    values: list[Any]
+    places: list[str]
+    marks: list[Any]
+    sentences: list[str]
+
+    def examples(
+        self,
+        labels: Sequence[str] | None = None,
+        split: str | None = None,
+        drop: Sequence[str] = (),
+        *,
+        indices: bool = False,
+    ) -> Examples:
+        """The rows of a split; see `load_examples`."""
+        if labels is None:
+            labels = find_labels(self.values, self.places, self.label_column)
+        codes = class_codes(self.values, self.places, labels, drop, indices=indices)
+        kept = np.flatnonzero(codes >= 0)
+        texts = [self.texts[i] for i in kept]
+        examples = Examples(texts, codes[kept], tuple(labels), self.path)
+        if split is None:
+            return examples
+        marks, sentences = ([part[i] for i in kept] for part in (self.marks, self.sentences))
+        return choose_split(examples, marks, split, sentences)
+
+    @property
+    def marks_validation(self) -> bool:
+        """Whether rows for validation are marked besides those for testing: they may choose a
+        prompt then, while in a file without test rows they are what it is tested on.
+
+        Raises:
+            UserError: a mark that is not known.
+        """
+        return {"validation", "test"} <= {_marked(mark, self.path) for mark in self.marks}
+
+
+def read_file(
+    path: str | Path, text_column: str = "text", label_column: str = "label", *, marks: bool = True
+) -> LabelledFile:
+    """Read a local file's texts, labels and (unless told not to) marks; see `load_examples`."""
+    # A brace makes a format of it; any other name, "reviews.text" too, is a column's as it stands.
+    text_format = text_column if "{" in text_column else "{" + text_column + "}"
+    columns = format_columns(text_format)
+    wanted = [*columns, label_column]
+    rows: list[Row] = []
+    places: list[str] = []
+    marked: list[Any] = []
+    # The split column is optional, so it is looked for only when a split may be asked for.
+    for place, row in iterate_rows(path, wanted, keep_all=marks):
+        rows.append({name: row.get(name) for name in wanted})
+        places.append(f"{path}, {place}")
+        marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
+    if not rows:
+        raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
+    texts = [
+        row_text(row, columns, text_format, place) for row, place in zip(rows, places, strict=True)
+    ]
+    values = [row[label_column] for row in rows]
+    sentences = _sentences(rows, columns)
+    return LabelledFile(str(path), label_column, texts, values, places, marked, sentences)
+
+
 def load_examples(
     path: str | Path,
     text_column: str = "text",
@@ -79,6 +154,8 @@ def load_examples(
     labels: Sequence[str] | None = None,
     split: str | None = None,
     drop: Sequence[str] = (),
+    *,
+    indices: bool = False,
 ) -> Examples:
     """Read a local CSV, TSV, JSONL or Parquet file.
 
@@ -90,38 +167,15 @@ def load_examples(
         split: "train", "validation" or "test": the rows for that purpose, see `choose_split`;
             None takes all rows.
         drop: class names whose rows are left out; written as indices, those that follow `labels`.
+        indices: whether numbers are indices whatever the names, see `trainer.labels.class_codes`.
 
     Raises:
         UserError: the file, a column, a row or a label is not as it must be; the message names the
             file and the row.
         Failure: the file is damaged.
     """
-    # A brace makes a format of it; any other name, "reviews.text" too, is a column's as it stands.
-    text_format = text_column if "{" in text_column else "{" + text_column + "}"
-    columns = format_columns(text_format)
-    wanted = [*columns, label_column]
-    rows: list[tuple[str, Row]] = []
-    marked: list[Any] = []
-    # The split column is optional, so it is looked for only when a split is asked for.
-    for place, row in iterate_rows(path, wanted, keep_all=split is not None):
-        rows.append((place, {name: row.get(name) for name in wanted}))
-        if split is not None:
-            marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
-    if not rows:
-        raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
-    texts = [row_text(row, columns, text_format, f"{path}, {place}") for place, row in rows]
-    values = [row[label_column] for _, row in rows]
-    places = [f"{path}, {place}" for place, _ in rows]
-    if labels is None:
-        labels = find_labels(values, places, label_column)
-    codes = class_codes(values, places, labels, drop)
-    keep = codes >= 0
-    kept = np.flatnonzero(keep)
-    examples = Examples([texts[i] for i in kept], codes[keep], tuple(labels), str(path))
-    if split is None:
-        return examples
-    parts = _sentences([row for _, row in rows], columns)
-    return choose_split(examples, [marked[i] for i in kept], split, [parts[i] for i in kept])
+    file = read_file(path, text_column, label_column, marks=split is not None)
+    return file.examples(labels, split, drop, indices=indices)
 
 
 def _plain(name: str) -> str:
@@ -191,7 +245,7 @@ def choose_split(
                 "that is chosen by hash, or mark rows in a column 'split'"
             )
         parts = examples.texts if sentences is None else sentences
-        tested = [_hash(part) % 5 == 0 for part in parts]
+        tested = [fingerprint(part) % 5 == 0 for part in parts]
         if split == "test":
             logger.info("%s marks no test rows: a fifth, chosen by hash, is used", examples.source)
         keep = [is_test == (split == "test") for is_test in tested]
@@ -229,31 +283,6 @@ def _marked(mark: Any, source: str) -> str | None:
     return _MARKED.get(name)
 
 
-def marks_validation(path: str | Path) -> bool:
-    """Whether a file marks rows for validation besides those for testing: they may choose a prompt
-    then, while in a file without test rows they are what it is tested on.
-
-    Raises:
-        UserError, Failure: see `load_examples`.
-    """
-    marks = {
-        _marked(value, str(path))
-        for _, row in iterate_rows(path, (), keep_all=True)
-        for name, value in row.items()
-        if _plain(name) == "split"
-    }
-    return {"validation", "test"} <= marks
-
-
-def normalise(text: str) -> str:
-    """Letters and digits only, in lower case: two spellings of one sentence become equal."""
-    return _MARKS.sub("", text.casefold())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(normalise(text).encode(), digest_size=8).digest(), "big")
-
-
 def load_task(
     task: Task | str,
     split: str | None = None,
@@ -278,8 +307,10 @@ def load_task(
     """
     if isinstance(task, str):
         task = get_task(task)
-    if data is None and data_dir is not None and task.files:
-        data = _in_folder(Path(data_dir), task)
+    if data is None and data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a folder: check the path")
+        data = _in_folder(Path(data_dir), task) if task.files else None
     if data is not None:
         form = text_column or task.text_format
         return load_examples(data, form, label_column, task.labels, split, task.drop)
@@ -296,8 +327,6 @@ def load_task(
 
 
 def _in_folder(folder: Path, task: Task) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder} is not a folder: check the path")
     for stem in task.files:
         for suffix in (".parquet", ".jsonl", ".csv", ".tsv"):
             if (path := folder / f"{stem}{suffix}").is_file():

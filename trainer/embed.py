@@ -130,7 +130,9 @@ def _encode(model: Any, texts: Sequence[str], quiet: bool) -> np.ndarray:
     step = BATCH * _CHUNK
     # Longest first: a text too large for memory fails in the first second, and time left is
     # overestimated instead of under.
-    with tqdm(total=len(texts), unit="text", desc="embed", disable=quiet, leave=False) as bar:
+    with tqdm(
+        total=len(texts), unit="text", desc="embed", disable=quiet or None, leave=False
+    ) as bar:
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
             part = model.encode(

@@ -20,7 +20,7 @@ from trainer.data import Examples
 from trainer.figures import as_table, figures
 from trainer.labels import class_order
 from trainer.modes import Params
-from trainer.options import pick_device
+from trainer.options import output_file, pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
@@ -64,6 +64,11 @@ def _task_of(config: EvaluateConfig, record: TaskRecord) -> Task:
         UserError: there is no such task, or a flag contradicts the record.
     """
     if config.prompt is not None and config.task is None and config.data is None:
+        if record.name not in task_names():
+            raise UserError(
+                f"{config.prompt} is of '{record.name}', which is no registered task: pass the "
+                "rows with --data FILE, or a --task"
+            )
         config = replace(config, task=record.name)
     if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
         return config.resolve_task()
@@ -132,6 +137,8 @@ def _match(task: Task, record: TaskRecord) -> list[int]:
 
 def run_evaluate(config: EvaluateConfig) -> None:
     """`python -m trainer evaluate`."""
+    if config.json and config.json != "-":
+        output_file(config.json, flag="--json")
     path = None if config.prompt is None else Path(config.prompt)
     prompt = Prompt({}, TaskRecord(mode="none")) if path is None else _load(path)
     record = prompt.task
@@ -146,6 +153,10 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if config.limit:
         examples = examples.sample(config.limit, 0)
     full = record.mode == "none"
+    if path and full and config.backbone:
+        raise UserError(
+            f"{path} is a fully tuned model, whose own weights are measured: leave --backbone out"
+        )
     name = config.backbone or (str(path) if full and path else record.backbone or "mini")
     backbone = load_backbone(name, device=pick_device(config.device))
     if path and not full:

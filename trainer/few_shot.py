@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
     if own is not None:
         train = config.train or min(_USUAL, len(pool))
         chosen = draw_few_shot(pool, config.seed, train, 0, task.classes, config.balanced)
-        held = own.sample(config.validation or _USUAL, config.seed)
+        held = _held_out(config, own)
         log.info(
             "%s: %d of %d rows for training are learned from, %d of %d rows for validation choose "
             "the step", pool.source, train, len(pool), len(held), len(own),
@@ -60,6 +61,27 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
         )  # fmt: skip
     chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
     return pool.take(chosen[0]), pool.take(chosen[1])
+
+
+def _held_out(config: TuneConfig | FinetuneConfig, own: Examples) -> Examples:
+    """The validation samples from the rows that a file marks for it.
+
+    Raises:
+        UserError: with --balanced, a class that has too few.
+    """
+    if not config.balanced:
+        return own.sample(config.validation or _USUAL, config.seed)
+    # As many of each class as the rarest has, or as are asked for.
+    count = config.validation or min(_USUAL, len(own.names) * int(own.counts.min()))
+    if not count:
+        rare = own.names[int(own.counts.argmin())]
+        raise UserError(
+            f"{own.source} marks no row of class '{rare}' for validation: mark some, or drop "
+            "--balanced"
+        )
+    generator = np.random.Generator(np.random.PCG64(config.seed))
+    drawn = _draw_balanced(own.labels, generator, count, 0, own.names, own.source)
+    return own.take(drawn[0])
 
 
 def draw_few_shot(
@@ -92,6 +114,11 @@ def draw_few_shot(
     names = [*examples.names, *(str(i) for i in range(len(examples.names), classes))]
     where = examples.source or "the data"
     need = train + validation
+    if validation and len(examples) <= classes:
+        raise UserError(
+            f"{where} has {len(examples)} rows to learn from, but {classes} classes need one each "
+            "and one more to choose by: add rows"
+        )
     if len(examples) < need:
         raise UserError(
             f"{where} has {len(examples)} rows to learn from (a fifth of a file without a column "
@@ -100,9 +127,11 @@ def draw_few_shot(
         )
     counts = np.bincount(examples.labels, minlength=classes)
     if empty := [f"'{names[index]}'" for index in np.flatnonzero(counts == 0)]:
+        held = [names[index] for index in np.flatnonzero(counts)]
+        drop = "" if len(held) < 2 else f", or leave it out: --labels {shlex.join(held)}"
         raise UserError(
-            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add some, "
-            "or drop it"
+            f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add "
+            f"some{drop}"
         )
     if train < classes:
         raise UserError(f"{train} training samples cannot hold {classes} classes: draw more")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from serve.errors import UserError
 from serve.files import atomic_folder
 from trainer.backbone import Backbone
 from trainer.configs import FinetuneConfig
@@ -40,7 +41,12 @@ def finetune(
     """Tune all weights of `backbone` (loaded with `trainable=True`) in place.
 
     The best weights on the validation samples are in the backbone when it returns.
+
+    Raises:
+        UserError: label words or template do not fit, or the rate is 0. Failure: the loss diverged.
     """
+    if not config.rate:  # any other moves the weights, which need to move far less than a prompt
+        raise UserError(f"{options.rate_flag} 0 leaves the model as it is: try 3e-4")
     scorer = Scorer.of(backbone, task, "none")
     params = dict(backbone.t5.model.named_parameters())
     rows = Rows(backbone, task.template, train.texts, train.labels, config.max_tokens)

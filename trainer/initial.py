@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from serve.errors import UserError
 from trainer.backbone import Backbone
 from trainer.modes import Params, deepen
 from trainer.prompt import Prompt, check_fits, load_prompt
@@ -63,8 +64,6 @@ def initial_params(backbone: Backbone, init: str, mode: str, tokens: int, seed: 
         prompt = _prompt(backbone, init, mode)
         params = {name: value.to(backbone.device) for name, value in prompt.params.items()}
         if mode != "deep" and "kv" in params:
-            from serve.errors import UserError
-
             raise UserError(
                 f"--init {init} is a prompt of mode deep, which has no vectors for mode {mode}: "
                 "pass --mode deep"

@@ -23,13 +23,16 @@ from tqdm.auto import tqdm
 
 from serve.cli import as_json, option
 from serve.errors import UserError
-from serve.files import atomic_write
+from serve.files import atomic_write, sha256
 from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
+from trainer.labels import class_metadata
+from trainer.options import MOST_SEED, output_file
 from trainer.remote import Source, size_of
-from trainer.reservoir import Reservoir, fingerprint
-from trainer.runs import write_record
+from trainer.reservoir import Reservoir
+from trainer.runs import data_digest, write_record
+from trainer.spelling import fingerprint
 from trainer.tables import iterate_rows
 
 logger = logging.getLogger(__name__)
@@ -118,7 +121,9 @@ class LabelConfig:
         None, metavar="ADDRESS",
         help="annotate on a Ray cluster: its address, `auto`, or `local` for this machine's cores",
     )  # fmt: skip
-    seed: int = option(1, help="chooses which of the sure sentences are kept", minimum=0)
+    seed: int = option(
+        1, help="chooses which of the sure sentences are kept", minimum=0, maximum=MOST_SEED
+    )
 
     examples = [
         "--corpus 'wiki/*.txt.gz' --data-dir data --exclude data/sst2.parquet --out sure.parquet",
@@ -147,9 +152,10 @@ def run_label(config: LabelConfig) -> None:
             )
         reservoir.add(whole, np.eye(len(names))[rows.labels[kept]], banned)
     else:
-        labeller, names, figures = _labeller(config)
+        labeller, names, figures, learned = _labeller(config)
         if config.ray is None:
-            reservoir = _annotate(config, files, labeller, banned)
+            data = data_digest(learned, names, np.array(sorted(banned), np.uint64))
+            reservoir = _annotate(config, files, labeller, banned, data)
         else:
             from trainer.distributed.label import annotate
 
@@ -157,7 +163,7 @@ def run_label(config: LabelConfig) -> None:
         sys.stdout.write(report(reservoir, names))
     _warn_of_rare(reservoir, names, config)
     columns = reservoir.choose(config.balance)
-    _write(columns, Path(config.out))
+    _write(columns, names, Path(config.out))
     counts = np.bincount(columns["label"], minlength=len(names)).tolist()
     write_record(
         Path(config.out).with_suffix(".run.json"), "label", config, labels=list(names),
@@ -169,12 +175,17 @@ def run_label(config: LabelConfig) -> None:
     sys.stdout.write(f"{config.out}: {sum(counts)} sentences ({shown})\n")
 
 
-def _labeller(config: LabelConfig) -> tuple[Measured, tuple[str, ...], dict[str, Any]]:
-    """The classifier, its classes, and its figures on held-out rows, if there are some."""
+def _labeller(
+    config: LabelConfig,
+) -> tuple[Measured, tuple[str, ...], dict[str, Any], list[str]]:
+    """The classifier, its classes, its figures on held-out rows, if there are some, and digests of
+    what it was made of."""
     if config.bundle is not None:
         exported = BundleLabeller(config.bundle, config.bundle_task)
+        manifest = Path(config.bundle) / "bundle.json"  # which holds the hashes of the other files
+        made_of = [sha256(manifest)] if manifest.is_file() else []
         if config.data is None and config.task is None:
-            return exported, exported.names, {}
+            return exported, exported.names, {}, made_of
         test = _labelled(config, "test")
         if len(test.names) != exported.classes:
             raise UserError(
@@ -183,7 +194,7 @@ def _labeller(config: LabelConfig) -> tuple[Measured, tuple[str, ...], dict[str,
             )
         figures = exported.measure(test, config.threshold)
         sys.stdout.write(_describe(figures, config, test.source, exported.classes))
-        return exported, exported.names, figures
+        return exported, exported.names, figures, made_of
     train, test = _labelled(config, "train"), _labelled(config, "test")
     labeller = train_labeller(
         train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
@@ -191,7 +202,7 @@ def _labeller(config: LabelConfig) -> tuple[Measured, tuple[str, ...], dict[str,
     )  # fmt: skip
     figures = labeller.measure(test, config.threshold)
     sys.stdout.write(_describe(figures, config, test.source, len(train.names)))
-    return labeller, train.names, figures
+    return labeller, train.names, figures, [data_digest(train.texts, train.labels)]
 
 
 def _check(config: LabelConfig) -> None:
@@ -211,10 +222,7 @@ def _check(config: LabelConfig) -> None:
     least, most = word_bounds(config)
     if least > most:
         raise UserError(f"--min-words {least} is above --max-words {most}")
-    if Path(config.out).suffix != ".parquet":
-        raise UserError(f"--out {config.out}: the name must end in .parquet")
-    if Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder, but a file is written: pass another")
+    output_file(config.out, ".parquet")
 
 
 def word_bounds(config: LabelConfig) -> tuple[int, int]:
@@ -250,17 +258,25 @@ def _checkpoint(config: LabelConfig) -> Path:
 
 
 def _annotate(
-    config: LabelConfig, files: Sequence[Source], labeller: Measured, banned: set[int]
+    config: LabelConfig,
+    files: Sequence[Source],
+    labeller: Measured,
+    banned: set[int],
+    data: str = "",
 ) -> Reservoir:
-    """Stream the corpus through the classifier into the reservoir, with checkpoints."""
+    """Stream the corpus through the classifier into the reservoir, with checkpoints.
+
+    `data` is a digest of what the classifier learned from and of what is banned: sentences that
+    another one annotated are no part of this run.
+    """
     reservoir = Reservoir(config.per_class, config.threshold, config.seed, labeller.classes)
     sizes = [size_of(path) for path in files]
-    run = {"config": as_json(config), "sizes": sizes}
+    run = {"config": as_json(config), "sizes": sizes, "data": data}
     folder = _checkpoint(config)
     if reservoir.restore(folder, run):
         logger.info("going on after %d sentences (%s)", reservoir.seen, folder)
     bad = BadFiles(len(files), config.bad_files)
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="label") as bar:
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="label", disable=None) as bar:
         stream = sentences(
             files, config.corpus_column, config.units, *word_bounds(config), bar.update, bad,
         )  # fmt: skip
@@ -329,9 +345,10 @@ def _warn_of_rare(reservoir: Reservoir, names: Sequence[str], config: LabelConfi
         )  # fmt: skip
 
 
-def _write(columns: dict[str, Any], path: Path) -> None:
+def _write(columns: dict[str, Any], names: Sequence[str], path: Path) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    table = arrow.table(columns).replace_schema_metadata(class_metadata(names))
     with atomic_write(path) as temporary:
-        parquet.write_table(arrow.table(columns), temporary, compression="zstd")
+        parquet.write_table(table, temporary, compression="zstd")

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _MOST_CLASSES = 200  # more distinct values than this are no class column
 _MOST_STARS = 10  # indices from 1 up to this are taken for a rating
 _INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class beside a gap
+_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")  # half stars too: 4.5
 
 _CLASS_NAMES = b"class_names"  # in a Parquet file's metadata: a JSON list, class 0 first
 _ADVICE = "pass --labels, or another --label-column"
@@ -150,16 +151,27 @@ def find_labels(
     numbers = [index for index in indices if index is not None]
     if len(numbers) == len(values):
         low, high = min(numbers), max(numbers)
+        met = [str(number) for number in sorted(set(numbers))]
         if low < 0 or high >= _MOST_CLASSES:
             at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
+            if high < _MOST_CLASSES and len(met) <= _MOST_STARS and advice == _ADVICE:
+                advice = f"to take them for names pass --labels {' '.join(met)}"
+                if len(met) == 2:
+                    advice += " (and to tune --words bad good)"
             raise UserError(
                 f"{places[at]}: label {values[at]!r} is no class index: class indices count from "
                 f"0; {advice}"
             )
-        if low == 1 and high <= _MOST_STARS:
+        first = 1 if low == 1 and high <= _MOST_STARS else 0
+        names = [str(index) for index in range(first, high + 1)]
+        if first:
             logger.info("labels 1 to %d are taken for %d classes", high, high)
-            return [str(index) for index in range(1, high + 1)]
-        return [str(index) for index in range(high + 1)]
+        if len(met) < len(names) and advice == _ADVICE:
+            logger.info(
+                "column '%s' has no %s: where there is no such class, pass --labels %s",
+                column, ", ".join(name for name in names if name not in met), " ".join(met),
+            )  # fmt: skip
+        return names
     for value, place in zip(values, places, strict=True):
         if not isinstance(value, str):
             raise UserError(
@@ -181,16 +193,26 @@ def find_labels(
 
 
 def class_codes(
-    values: Sequence[Any], places: Sequence[str], labels: Sequence[str], drop: Sequence[str]
+    values: Sequence[Any],
+    places: Sequence[str],
+    labels: Sequence[str],
+    drop: Sequence[str],
+    *,
+    indices: bool = False,
 ) -> np.ndarray:
-    """The class index of each value, by name (without case) or, for numbers that are no names, as
-    it stands.
+    """The class index of each value: by name, without case, or else as the number that it is.
+
+    A value that is spelt as a name is that class, and 1.0 is the class "1". A number that is no
+    name is an index only where no name is a number, nor true or false: among the classes "1" to
+    "5" a stray 0 is a mistake, not the class "1".
 
     Args:
         values: N label values.
         places: where each stands, for errors.
         labels: the C class names.
         drop: names whose rows are to be left out; written as indices, they follow `labels`.
+        indices: whether numbers are indices whatever the names, as in a file that carries both
+            (see `class_names`).
 
     Returns:
         [N] int64 in 0..C-1, or -1 where the row is to be left out.
@@ -206,20 +228,24 @@ def class_codes(
         )
     left_out = {name.casefold() for name in drop}
     classes = len(labels)
+    indices = indices or not any(_NUMBER.fullmatch(n) or n in ("true", "false") for n in known)
     codes = np.empty(len(values), dtype=np.int64)
     for position, (value, place) in enumerate(zip(values, places, strict=True)):
         _check_there(value, place)
+        name = str(value).strip().casefold()
         number = as_index(value)
-        name = str(number) if number is not None else str(value).strip().casefold()
-        index = known.get(name, number)
+        if name not in known and number is not None and not isinstance(value, bool):
+            name = str(number)
+        index = known.get(name, number if indices else None)
         if name in left_out or (index is not None and classes <= index < classes + len(drop)):
             codes[position] = -1
             continue
         if index is None or not 0 <= index < classes:
             hint = " (indices count from 0)" if index == classes else ""
+            nor = f", nor an index from 0 to {classes - 1}{hint}" if indices else ""
             raise UserError(
-                f"{place}: label {value!r} is not one of {', '.join(labels)}, nor an index from 0 "
-                f"to {classes - 1}{hint}: correct the row, or pass --labels"
+                f"{place}: label {value!r} is not one of {', '.join(labels)}{nor}: correct the "
+                "row, or pass --labels"
             )
         codes[position] = index
     return codes

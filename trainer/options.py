@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
 
 from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
-from trainer.data import Examples, load_task, marks_validation
+from trainer.data import Examples, LabelledFile, load_task, read_file
 from trainer.runs import RUN_FILE
-from trainer.tasks import Task, get_task, task_from_file
+from trainer.tasks import Task, get_task, make_task
 
 if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     import torch
@@ -19,6 +22,8 @@ if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     from trainer.backbone import Backbone
 
 
+MOST_SEED = 2**32 - 1  # what scikit-learn and SetFit take
+MOST_RATE = 1000.0  # a step moves a number by about the rate: beyond float32 from some 1e38 on
 PAPER_TOKENS = 100  # section 5.1
 MINI_TOKENS = 20  # more did no more (model card), and the graph that ships has room for so many
 
@@ -32,7 +37,7 @@ class BackboneOptions:
     max_tokens: int = option(
         128, help="longest input, the template included; text is cut, never the template", minimum=8
     )
-    seed: int = option(1, help="seed of every random draw", minimum=0)
+    seed: int = option(1, help="seed of every random draw", minimum=0, maximum=MOST_SEED)
 
     def load_backbone(self, *, trainable: bool = False) -> Backbone:
         """The backbone on its device, or this process's part of it.
@@ -95,38 +100,48 @@ class TaskOptions:
         Raises:
             UserError: neither --task nor --data is given, or they are wrong.
         """
-        from dataclasses import replace
-
+        changes: dict[str, Any] = {
+            "labels": tuple(self.labels), "words": tuple(self.words), "template": self.template
+        }  # fmt: skip
+        changes = {name: value for name, value in changes.items() if value}
         if self.task is not None:
-            task = get_task(self.task)
-        elif self.data is not None:
-            extra = {} if self.template is None else {"template": self.template}
-            task = task_from_file(
-                self.data, self.text_column or "text", self.label_column,
-                self.labels or None, self.words or None, **extra,
-            )  # fmt: skip
-        else:
+            return replace(get_task(self.task), **changes)  # in one step: C may be another
+        if self.data is None:
             raise UserError("--task or --data is missing: name a registered task or a local file")
-        if self.labels:
-            task = replace(task, labels=tuple(self.labels))
-        if self.words:
-            task = replace(task, words=tuple(self.words))
-        if self.template:
-            task = replace(task, template=self.template)
-        return task
+        names = self._read(self.text_column or "text").examples(self.labels or None).names
+        task = make_task(
+            Path(self.data).stem, names, self.words or None, description=f"from {self.data}"
+        )
+        return replace(task, **changes)
 
     def load(self, task: Task, split: str | None) -> Examples:
         """The task's rows of a split (None for all)."""
-        return load_task(
-            task, split, data=self.data, data_dir=self.data_dir,
-            text_column=self.text_column, label_column=self.label_column,
-        )  # fmt: skip
+        if self.data is None:
+            return load_task(
+                task, split, data_dir=self.data_dir,
+                text_column=self.text_column, label_column=self.label_column,
+            )  # fmt: skip
+        file = self._read(self.text_column or task.text_format)
+        return file.examples(task.labels, split, task.drop)
 
     def load_validation(self, task: Task) -> Examples | None:
         """The rows that --data marks for validation, where it marks others for testing; or None."""
-        if self.data is None or not marks_validation(self.data):
+        if self.data is None:
             return None
-        return self.load(task, "validation")
+        file = self._read(self.text_column or task.text_format)
+        return self.load(task, "validation") if file.marks_validation else None
+
+    @cached_property
+    def _files(self) -> dict[str, LabelledFile]:
+        return {}
+
+    def _read(self, text_format: str) -> LabelledFile:
+        """--data, which is read once for all that is asked about it."""
+        text_format = text_format if "{" in text_format else "{" + text_format + "}"
+        if text_format not in self._files:
+            assert self.data is not None
+            self._files[text_format] = read_file(self.data, text_format, self.label_column)
+        return self._files[text_format]
 
 
 def pick_device(name: str) -> torch.device:
@@ -146,21 +161,66 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is unknown: use auto, cpu or cuda") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is unknown: use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is visible here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
     return device
+
+
+def check_writable(path: Path, flag: str = "--out") -> Path:
+    """The path, once a file of its name could be made beside it: before hours of work, not after.
+
+    Raises:
+        UserError: it has no name (`.`), or what it shall stand in cannot be made or written to.
+    """
+    if path.name in ("", ".."):
+        raise UserError(
+            f"{flag} {path} is no name of its own: pass one that can be made, as runs/a"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror or error}): pass another {flag}"
+        ) from None
+    return path
+
+
+def output_file(out: str, suffix: str | None = None, flag: str = "--out") -> Path:
+    """The file that a command writes, checked before the work starts.
+
+    Args:
+        suffix: what its name must end in; None for any.
+        flag: the flag that named it, for errors.
+
+    Raises:
+        UserError: another suffix, a folder, or see `check_writable`.
+    """
+    path = Path(out)
+    if suffix is not None and path.suffix != suffix:
+        raise UserError(f"{flag} {out}: the name must end in {suffix}")
+    if os.path.isdir(out):
+        raise UserError(f"{flag} {out} is a folder, but a file is written: pass another")
+    return check_writable(path, flag)
 
 
 def output_folder(out: str) -> Path:
     """Where a command writes, checked before the work starts.
 
     Raises:
-        UserError: it is a file.
+        UserError: it is a file, or see `check_writable`.
     """
     path = Path(out)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # which pass over a name too long
         raise UserError(f"--out {out} is a file, but a folder is written: pass another --out")
+    # What stands there is added to, and so may be the current folder.
+    check_writable(path / "out" if os.path.isdir(out) else path)
     return path
 
 
@@ -173,7 +233,7 @@ def result_folder(out: str, mark: str = RUN_FILE) -> Path:
     Raises:
         UserError: the folder holds something that is not the result of an earlier run.
     """
-    path = output_folder(out)
+    path = check_writable(output_folder(out))
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise UserError(
             f"--out {out} holds other files, which the result would replace: pass another --out"

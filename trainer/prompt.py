@@ -12,6 +12,8 @@ PEFT's own prompts and Google's prompt-tuning `.npy` files are read as well.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +200,7 @@ def read_record(path: Path) -> TaskRecord:
     """Read a `task.json`.
 
     Raises:
-        Failure: it is damaged. UserError: it is of a newer format.
+        Failure: it is damaged, or a field is not of its kind. UserError: it is of a newer format.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -210,12 +212,46 @@ def read_record(path: Path) -> TaskRecord:
     unknown = set(value) - set(TaskRecord.__dataclass_fields__)
     if unknown:
         raise Failure(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
+    _check_fields(value, path)
     record = TaskRecord(**value)
     if record.mode not in (*MODES, "none"):  # none: a fully tuned model
         raise Failure(f"{path}: mode '{record.mode}' is unknown, there are {', '.join(MODES)}")
     if len(record.labels) != len(record.words):
         raise Failure(f"{path}: {len(record.labels)} labels but {len(record.words)} label words")
     return record
+
+
+def _check_fields(value: dict[str, Any], path: Path) -> None:
+    """Failure naming the first field that is not of its kind: a person may have edited it."""
+
+    def text(found: Any) -> bool:
+        return isinstance(found, str)
+
+    def texts(found: Any) -> bool:
+        return isinstance(found, list) and all(map(text, found))
+
+    def whole(found: Any, least: int) -> bool:
+        return isinstance(found, int) and not isinstance(found, bool) and found >= least
+
+    def positive(found: Any) -> bool:
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        return number and 0 < found < math.inf
+
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(("name", "template", "mode", "backbone", "method"), (text, "a text")),
+        **dict.fromkeys(("labels", "words"), (texts, "a list of texts")),
+        "backbone_sha256": (lambda found: found is None or text(found), "a text or null"),
+        "max_tokens": (lambda found: whole(found, 1), "a whole number of at least 1"),
+        "temperature": (positive, "a number above 0"),
+        "seed": (lambda found: found is None or whole(found, 0), "a whole number or null"),
+        "figures": (lambda found: isinstance(found, dict), "an object of figures"),
+    }
+    for name, (fits, what) in kinds.items():
+        if name in value and not fits(value[name]):
+            raise Failure(
+                f"{path}: '{name}' is {json.dumps(value[name])[:80]}, but must be {what}: correct "
+                "it, or train the prompt again"
+            )
 
 
 def check_fits(prompt: Prompt, backbone: Backbone, source: str | Path = "the prompt") -> None:

@@ -24,9 +24,10 @@ import numpy as np
 from serve.bundle import MODES
 from serve.cli import as_json, option
 from serve.files import atomic_write, write_json
-from trainer.data import Examples, load_task, normalise
-from trainer.options import output_folder, pick_device
+from trainer.data import Examples, load_task
+from trainer.options import MOST_SEED, output_folder, pick_device
 from trainer.runs import RUN_FILE, versions, write_record
+from trainer.spelling import normalise
 
 if TYPE_CHECKING:
     from trainer.prompt import Prompt
@@ -58,7 +59,7 @@ class QuickstartConfig:
     outer_rate: float = option(0.01, minimum=0, help="beta: mini's; the paper's is 0.025")
     epochs: int = option(30, help="epochs of each tuning (the paper's 200)", minimum=1)
     test_rows: int = option(400, help="rows of each task that are classified", minimum=10)
-    seed: int = option(1, help="seed of every random draw", minimum=0)
+    seed: int = option(1, help="seed of every random draw", minimum=0, maximum=MOST_SEED)
     device: str = option("auto", help="auto, cpu or cuda, for the training")
 
     examples = ["", "--backbone google-t5/t5-base --prompt-tokens 100 --meta-steps 2000"]

@@ -9,8 +9,8 @@ classes, not on the length of the stream.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 from serve.errors import Failure
 from serve.files import atomic_folder, read_json
 from trainer.corpus import Sentence
-from trainer.data import normalise
+from trainer.spelling import fingerprint
+
+logger = logging.getLogger(__name__)
 
 BINS = 20  # of the histogram of confidences: steps of 0.05
 _STATE, _KEPT = "state.json", "kept.parquet"
@@ -38,12 +40,6 @@ class Entry(NamedTuple):
     source: str
     place: Place
     times: int = 1
-
-
-def fingerprint(text: str) -> int:
-    """64 bits of the letters and digits of a text: equal for two spellings of one sentence."""
-    digest = hashlib.blake2b((normalise(text) or text).encode("utf-8", "replace"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
 
 
 def rank(mark: int, seed: int) -> int:
@@ -229,7 +225,7 @@ class Reservoir:
             (temporary / _STATE).write_text(json.dumps({"run": run, **counts}), "utf-8")
 
     def restore(self, folder: Path, run: dict[str, Any]) -> bool:
-        """Take up what `save` wrote; False when nothing is there or it is of another run.
+        """Take up what `save` wrote; False when nothing is there, or (aloud) of another run.
 
         Raises:
             Failure: what is there is damaged.
@@ -241,6 +237,10 @@ class Reservoir:
             return False
         state = read_json(folder / _STATE)
         if state.pop("run") != run:
+            logger.warning(
+                "%s is of a run with other settings or data: it is not continued but replaced",
+                folder,
+            )
             return False
         try:
             columns = parquet.read_table(folder / _KEPT).to_pydict()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from serve.cli import as_json
 from serve.files import write_json
@@ -34,6 +38,20 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # an extra that this run did not need
     return found
+
+
+def data_digest(*parts: np.ndarray | Sequence[str]) -> str:
+    """SHA-256 of arrays and lists of texts; of tensors too see `trainer.tensors.digest`."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.size} ".encode() + part.tobytes())
+        else:
+            found.update(f"{len(part)} ".encode())
+            for text in part:
+                data = text.encode()
+                found.update(f"{len(data)} ".encode() + data)
+    return found.hexdigest()
 
 
 def record(command: str, config: Any, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_s
 
 log = logging.getLogger(__name__)
 
+_ADVICE = "pass the word of each class, in that order, with --words"
 _WORDS = {2: TWO_WORDS, 3: THREE_WORDS, 5: FIVE_WORDS}
 _EPISODES = 8  # validation episodes a cluster: enough to see a point's difference, quick to run
 
@@ -53,27 +54,30 @@ class SourceData:
     names: tuple[str, ...] = ()
 
 
-def read_source(path: str, *, clustered: bool) -> SourceData:
+def read_source(path: str, *, clustered: bool, flag: str = "--data") -> SourceData:
     """Read what `cluster` (or, for PPT, `label`) wrote, or any file of texts and labels.
 
-    Labels are class names or indices: see `trainer.labels.find_labels`.
+    Labels are class names or indices: see `trainer.labels.find_labels`. `flag` is the one that
+    named the file.
 
     Raises:
         UserError: a missing column, a value that is no class or cluster, no rows, or one class.
     """
     columns = ["text", "label", *(["cluster"] if clustered else [])]
     advice = f"run `python -m trainer cluster --data {path}` first, and pass what it writes"
-    placed = list(iterate_rows(path, columns, advice=advice))
+    known = advice if flag == "--data" else None
+    placed = list(iterate_rows(path, columns, flag=flag, advice=known))
     if not placed:
-        raise UserError(f"--data {path} has no rows: run `python -m trainer label` again")
+        raise UserError(f"{flag} {path} has no rows: run `python -m trainer label` again")
     places = [f"{path}, {place}" for place, _ in placed]
     rows = [row for _, row in placed]
     values = [row["label"] for row in rows]
-    names = class_names(path) or find_labels(values, places, "label", "label the texts again")
-    labels = class_codes(values, places, names, ())
+    called = class_names(path)
+    names = called or find_labels(values, places, "label", "label the texts again")
+    labels = class_codes(values, places, names, (), indices=called is not None)
     if len(held := np.unique(labels)) < 2:
         raise UserError(
-            f"--data {path} holds texts of class '{names[held[0]]}' only: label it with at least "
+            f"{flag} {path} holds texts of class '{names[held[0]]}' only: label it with at least "
             "two classes"
         )
     numbers = [as_index(row["cluster"]) if clustered else 0 for row in rows]
@@ -87,28 +91,29 @@ def read_source(path: str, *, clustered: bool) -> SourceData:
     return SourceData(texts, labels, clusters, len(names), tuple(names))
 
 
-def source_words(config: Any, classes: int, names: Sequence[str] = ()) -> list[str]:
-    """The label words of the source data.
+def source_words(words: Sequence[str], data: SourceData, advice: str = _ADVICE) -> list[str]:
+    """The label words of the source data: `words`, or those of a scale, lowest first.
 
     Args:
-        names: of the classes, where they are known; the defaults are a scale, lowest first.
+        words: what the user said they are; empty for the defaults.
+        advice: what errors tell the user to do.
 
     Raises:
-        UserError: there is no default for so many classes or such names, or --words has another
-            number.
+        UserError: there is no default for so many classes or such names, or another number of
+            words is given.
     """
-    words = config.words or list(_WORDS.get(classes, ()))
-    if words and not config.words and names and scale_order(names) != list(range(classes)):
+    found = list(words) or list(_WORDS.get(data.classes, ()))
+    if found and not words and data.names and scale_order(data.names) != list(range(data.classes)):
         raise UserError(
-            f"the classes are called {', '.join(names)}, which is no scale that the label words "
-            f"{', '.join(words)} fit: pass the word of each class, in that order, with --words"
+            f"the classes are called {', '.join(data.names)}, which is no scale that the label "
+            f"words {', '.join(found)} fit: {advice}"
         )
-    if len(words) != classes:
+    if len(found) != data.classes:
         raise UserError(
-            f"the source data has {classes} classes, but there are {len(words)} label words: pass "
-            f"{classes} with --words"
+            f"the source data has {data.classes} classes, but there are {len(found)} label words: "
+            f"{advice}"
         )
-    return words
+    return found
 
 
 def hold_out(data: SourceData, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +130,7 @@ def hold_out(data: SourceData, share: float, seed: int) -> tuple[np.ndarray, np.
 
 def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
     texts = [data.texts[i] for i in rows]
-    return SourceData(texts, data.labels[rows], data.clusters[rows], data.classes)
+    return replace(data, texts=texts, labels=data.labels[rows], clusters=data.clusters[rows])
 
 
 def _start(config: Any, backbone: Backbone, flag: str) -> Params:
@@ -159,7 +164,7 @@ def meta_train(
             f"cluster {sampler.small[0]} has fewer than the {2 * config.samples} rows that a task "
             "draws: lower --samples, or make fewer clusters"
         )
-    scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
+    scorer = Scorer(backbone, source_words(config.words, data), config.mode)
     params = _start(config, backbone, options.rate_flag)
     rows, held_rows = (
         Rows(backbone, config.template, part.texts, part.labels, config.max_tokens)
@@ -270,7 +275,7 @@ def pretrain(
     train, held = (
         _subset(data, rows) for rows in hold_out(data, config.validation_share, config.seed)
     )
-    scorer = Scorer(backbone, source_words(config, data.classes), config.mode)
+    scorer = Scorer(backbone, source_words(config.words, data), config.mode)
     params = _start(config, backbone, options.rate_flag)
     rows = Rows(backbone, config.template, train.texts, train.labels, config.max_tokens)
     most = _EPISODES * config.batch  # as many rows as MetaPT's validation episodes hold
@@ -316,7 +321,7 @@ def source_prompt(loop: Loop, config: Any, words: list[str], method: str) -> Pro
 def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
     out = result_folder(config.out)
     data = read_source(config.data, clustered=command == "meta")
-    words = source_words(config, data.classes, data.names)
+    words = source_words(config.words, data)
     backbone = config.load_backbone()
     rows = digest(data.texts, data.labels, data.clusters)
     run = record(command, config, backbone_sha256=backbone.sha256, data_sha256=rows)

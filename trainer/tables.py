@@ -167,7 +167,15 @@ def _separated(
         if len(set(named)) < len(named):
             twice = next(name for name in named if named.count(name) > 1)
             raise UserError(f"{path} has the column '{twice}' twice: rename one")
+        begun = reader.line_num + 1
         for fields in reader:
+            at, begun = begun, reader.line_num + 1
+            # Such a field is legal, but rows run together are what it nearly always is.
+            if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
+                raise UserError(
+                    f"{path}, line {at}: a quote is opened and not closed before line "
+                    f"{reader.line_num}: write a field's own quotes as two, and quotes around it"
+                )
             if not any(field.strip() for field in fields):  # a blank line, or only separators
                 continue
             if len(fields) != len(header):
@@ -198,6 +206,11 @@ def _json_lines(
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {number} is not JSON ({error.msg}): each line must be one object"
+            ) from None
+        except RecursionError:
+            raise UserError(
+                f"{path}, line {number} is nested too deeply: each line must be one object of "
+                "texts and numbers"
             ) from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is not a JSON object")

@@ -2,7 +2,7 @@
 
 The seven downstream sets of the MetaPT paper (section 5.1), Yelp-5, on which its pseudo-labeller is
 trained (section 4.1), and the VADER sentences that the quick start uses. Any other set is a local
-file and `task_from_file`.
+file (`trainer.options.TaskOptions`).
 
 Words: PPT (Gu et al. 2022, appendix) reads a 2-class set out as bad/good and a 5-class set as
 terrible/bad/maybe/good/great. We read the middle class as "okay", which describes something after
@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from serve.errors import UserError
 
@@ -295,34 +294,3 @@ def make_task(
             )
         words = [label.lower() for label in labels]
     return Task(name, tuple(labels), tuple(words), template, text_format, description=description)
-
-
-def task_from_file(
-    path: str | Path,
-    text_column: str = "text",
-    label_column: str = "label",
-    labels: Sequence[str] | None = None,
-    words: Sequence[str] | None = None,
-    template: str = TEMPLATE,
-    name: str | None = None,
-) -> Task:
-    """A task for any local CSV, TSV, JSONL or Parquet file; its classes are found in the file.
-
-    Args:
-        path: the file.
-        text_column: the column of texts, or a format over several ("{aspect}: {text}").
-        label_column: the column of class names or indices.
-        labels: the class names in the order of their indices; None finds them.
-        words: one verbalizer word per class; None takes the labels.
-        template: see `Task`.
-        name: the task's name; None takes the file's.
-
-    Raises:
-        UserError: what `load_examples` and `make_task` raise.
-    """
-    from trainer.data import load_examples  # trainer.data imports this module
-
-    examples = load_examples(path, text_column, label_column, labels)
-    return make_task(
-        name or Path(path).stem, examples.names, words, template, description=f"from {path}"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,22 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from serve.errors import Failure
+from trainer.runs import data_digest
 
 
 def digest(*parts: Tensor | np.ndarray | Sequence[str]) -> str:
     """SHA-256 of tensors, arrays and lists of texts: tells whether a run sees the same data."""
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.contiguous().view(-1).view(torch.uint8).cpu().numpy()
-        if isinstance(part, np.ndarray):
-            found.update(f"{part.dtype} {part.size} ".encode() + part.tobytes())
-        else:
-            found.update(f"{len(part)} ".encode())
-            for text in part:
-                data = text.encode()
-                found.update(f"{len(data)} ".encode() + data)
-    return found.hexdigest()
+    return data_digest(
+        *(
+            part.contiguous().view(-1).view(torch.uint8).cpu().numpy()
+            if isinstance(part, Tensor) else part
+            for part in parts
+        )
+    )  # fmt: skip
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_cluster_draws_the_sample_of_one_machine_though_a_worker_is_killed(
     cluster: int, files: list[Source], tmp_path: Path
 ) -> None:
     from trainer.distributed.label import annotate
-    from trainer.reservoir import fingerprint
+    from trainer.spelling import fingerprint
 
     banned = {fingerprint("It was lovely indeed 3003.")}
     alone = _annotate(config_of(tmp_path), files, Marks(), banned)  # type: ignore[arg-type]

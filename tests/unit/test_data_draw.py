@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 import numpy as np
 import pytest
 
 from serve.errors import UserError
-from trainer.data import Examples, normalise
+from trainer.data import Examples
 from trainer.few_shot import draw_few_shot
+from trainer.spelling import fingerprint, normalise
 
 
 def pool(counts: list[int]) -> Examples:
@@ -63,6 +67,8 @@ def test_balanced_draws_give_equal_shares() -> None:
         ([30, 30], {}, r"has 60 rows to learn from .* 40 \+ 40 are .* up to 60 at most"),
         ([100, 0], {}, "pool.csv has no sample of class 'class 1'"),
         ([100, 100], {"classes": 3}, r"has no sample of class '2' \(of 3 classes\)"),
+        ([50, 0, 50], {}, r"class 1' \(of 3 classes\): .* --labels 'class 0' 'class 2'$"),
+        ([1, 1], {"train": 2, "validation": 1}, "has 2 rows .*, but 2 classes need one each and o"),
         ([0, 100, 0], {}, r"no sample of class 'class 0', 'class 2' \(of 3 classes\)"),
         ([50, 50, 50], {"train": 2}, "2 training samples cannot hold 3 classes"),
         (
@@ -90,3 +96,39 @@ def test_examples_can_be_taken_and_sampled() -> None:
 
 def test_normalised_texts_forget_marks_case_and_space() -> None:
     assert normalise("It's  GREAT!") == normalise("it 's great") == "itsgreat"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("यह की बात", "यह का बात"),  # letters that differ by a vowel sign
+        ("ราคาดี", "ราคาดู"),
+        ("👍👍", "👎"),
+        ("❤️", "!!!"),
+    ],
+)
+def test_texts_that_differ_in_vowel_signs_or_are_signs_alone_are_told_apart(
+    one: str, other: str
+) -> None:
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(one)
+
+
+def test_composed_and_decomposed_letters_are_one_spelling() -> None:
+    for text in ("한국어", "がぎぐ", "क़"):
+        assert normalise(text) == normalise(unicodedata.normalize("NFD", text)) != ""
+
+
+def test_the_key_of_a_latin_text_never_changes() -> None:
+    # Another one would move a text to the other side of the cut between training and test rows.
+    accents = [chr(mark) for mark in range(0x300, 0x370)]
+    signs = [*accents, *"\ufe0f\u20e3\u200d❤👍.,'’-_ \u1dc4"]
+    letters = [
+        chr(code) for code in range(0x20000)
+        if "LATIN" in unicodedata.name(chr(code), "") and chr(code).isalnum()
+    ]  # fmt: skip
+    texts = [before + sign + "x" for sign in signs for before in ("e", "İ", "ǰ", "é", "ſ", "Å")]
+    for text in [*letters, *texts]:
+        assert normalise(text) == re.sub(r"[\W_]+", "", text.casefold()), ascii(text)
+    assert fingerprint("Très bon !") == 12414681698440526947
+    assert fingerprint("Tre\u0300s bon") == 8935372076447013361

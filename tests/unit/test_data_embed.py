@@ -95,3 +95,8 @@ def test_a_path_that_is_no_folder_is_not_asked_of_the_hub(name: str) -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
         load_encoder(str(tmp_path))
+
+
+def test_a_pipe_gets_no_progress_bar(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    embed(["ab", "c"], "some/id")
+    assert capsys.readouterr().err == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
+from serve.cli import Command, run
 from serve.errors import Failure, UserError
+from trainer.configs import FinetuneConfig
 from trainer.data import load_examples, load_task
 from trainer.tables import iterate_rows
+from trainer.tasks import Task
 
 ROWS = [("good, really", 1), ('she said "no"', 0), ("two\nlines", 1), ("caf\u00e9 \U0001f600", 0)]
 
@@ -127,6 +132,50 @@ def test_stars_count_from_one(tmp_path: Path, suffix: str) -> None:
     assert named.labels.tolist() == [2, 0, 1]
 
 
+Labels = Sequence[str] | None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values", "labels", "names"),
+    [
+        (".csv", ["1.0", "4.5", "5.0"], None, ["1.0", "4.5", "5.0"]),
+        (".jsonl", [4.5, 5.0, 5], ["4.5", "5"], ["4.5", "5", "5"]),
+        (".csv", ["02", "none", "01", "03"], None, ["02", "none", "01", "03"]),
+        (".csv", ["02", "01", "03"], None, ["2", "1", "3"]),
+        (".jsonl", [True, False], ["true", "false"], ["true", "false"]),
+        (".jsonl", [True, False], ["False", "True"], ["True", "False"]),
+        (".jsonl", [True, False], ["negative", "positive"], ["positive", "negative"]),
+        (".csv", ["-1", "1"], ["-1", "1"], ["-1", "1"]),
+        (".csv", ["1", "4", "2"], ["1", "2", "4", "5"], ["1", "4", "2"]),
+    ],
+)
+def test_a_value_that_is_spelt_as_a_class_is_that_class(
+    tmp_path: Path, suffix: str, values: list[Any], labels: Labels, names: list[str]
+) -> None:
+    rows = [(f"t{i}", value) for i, value in enumerate(values)]
+    found = load_examples(write(tmp_path / f"a{suffix}", rows), labels=labels)
+    assert [found.names[code] for code in found.labels] == names
+
+
+@pytest.mark.parametrize(
+    ("suffix", "stray", "labels"),
+    [
+        (".csv", "0", ["1", "2", "3", "4", "5"]),  # by its place it would be class "1"
+        (".csv", "1", ["0.5", "1.5"]),
+        (".csv", "1", ["true", "false"]),
+        (".jsonl", True, ["0", "1"]),
+        (".csv", "0", ["2", "none"]),
+    ],
+)
+def test_a_number_among_numbers_that_is_none_of_them_is_refused(
+    tmp_path: Path, suffix: str, stray: Any, labels: list[str]
+) -> None:
+    path = write(tmp_path / f"a{suffix}", [("x", stray)])
+    message = f"line {1 + (suffix == '.csv')}: label .* is not one of {', '.join(labels)}: correct"
+    with pytest.raises(UserError, match=message):
+        load_examples(path, labels=labels)
+
+
 def test_integral_floats_are_indices(tmp_path: Path) -> None:
     # pandas writes them so when a column once held a missing value
     for name, rows in (
@@ -186,6 +235,27 @@ def test_classes_to_drop_are_left_out_by_name_or_index(tmp_path: Path) -> None:
         ("a.csv", b'text,label\n"x" y,1\n', "line 2: .* write a quote as two"),
         ("a.csv", b"text,label\nok,1\ncaf\xe9,0\n", "line 3: byte 0xe9 at offset 19 is not UTF-8"),
         ("a.csv", "text,label\nx,1\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (
+            "a.tsv",
+            b'text\tlabel\nfine\t1\n"So-called" art\t0\n',
+            "line 3: .* write a quote as two",
+        ),
+        (
+            "a.tsv",
+            b'text\tlabel\nfine\t1\n"So called art\t0\nbad\t0\nthis is called "art"\t1\n',
+            "line 5: .* write a quote as two",
+        ),
+        (
+            "a.tsv",
+            b'text\tlabel\nfine\t1\n"Art\t0\nbad\t0\nit is art"\t1\n',
+            "line 3: a quote is opened and not closed before line 5",
+        ),
+        (
+            "a.csv",
+            b'text\tlabel\n"So called\t0\nbad\t0\nwell"\t1\n',
+            "line 2: a quote is opened and not closed before line 4",
+        ),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 is nested too deeply"),
         ("a.csv", b"text,label\nx,7\n", "line 2: label '7' is not one of no, yes"),
         ("a.csv", b"text,label\nx,2\n", r"label '2' .* from 0 to 1 \(indices count from 0\)"),
         ("a.csv", b"text,label\nx,-1\n", "label '-1' is not one of"),
@@ -262,13 +332,33 @@ def test_a_column_of_scores_is_no_column_of_classes(tmp_path: Path) -> None:
         load_examples(path)
 
 
+def test_ratings_with_a_gap_or_below_zero_say_how_to_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.csv", [("v", 1), ("w", 5), ("x", 4), ("y", 2)])
+    with caplog.at_level(logging.INFO):
+        assert load_examples(path).names == ("1", "2", "3", "4", "5")
+    assert "'label' has no 3: where there is no such class, pass --labels 1 2 4 5" in caplog.text
+    assert load_examples(path, labels=["1", "2", "4", "5"]).labels.tolist() == [0, 3, 2, 1]
+    path = write(tmp_path / "b.csv", [("x", 1), ("y", -1)])
+    advice = r"pass --labels -1 1 \(and to tune --words bad good\)$"
+    with pytest.raises(UserError, match=rf"line 3: label '-1' is no class index: .*{advice}"):
+        load_examples(path)
+    argv = ["finetune", "--data", str(path), "--labels", "-1", "1", "--words", "bad", "good"]
+    found: list[Task] = []
+    table = {"finetune": Command(FinetuneConfig, lambda given: found.append(given.resolve_task()))}
+    assert run("trainer", "", table, [*argv, "--out", "x"]) == 0
+    assert (found[0].labels, found[0].words) == (("-1", "1"), ("bad", "good"))
+
+
 def test_a_data_folder_is_searched_by_the_tasks_names(tmp_path: Path) -> None:
     write(tmp_path / "sst2.csv", [("fine", 1), ("poor", 0)])
     assert load_task("sst2", data_dir=tmp_path).texts == ["fine", "poor"]
     with pytest.raises(UserError, match=r"has no sst5.parquet for task 'sst5'"):
         load_task("sst5", data_dir=tmp_path)
-    with pytest.raises(UserError, match=r"--data-dir .*none is not a folder"):
-        load_task("sst2", data_dir=tmp_path / "none")
+    for name in ("sst2", "vader-film-2"):  # whose texts are in no folder, but who asks for one
+        with pytest.raises(UserError, match=r"--data-dir .*none is not a folder"):
+            load_task(name, data_dir=tmp_path / "none")
 
 
 def test_a_file_wins_over_a_folder(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from serve.errors import UserError
+from trainer.configs import TuneConfig
 from trainer.data import Examples, choose_split, load_examples, load_task
+from trainer.few_shot import draw
 
 
 def write(path: Path, **columns: list[Any]) -> Path:
@@ -139,3 +141,57 @@ def test_validation_rows_are_not_made_of_training_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "c.parquet", text=list("ab"), split=["train", "test"])
     with pytest.raises(UserError, match=r"validation: its column .* marks test, train: mark some"):
         load_examples(path, split="validation")
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ";"), ("csv", "\t"), ("csv", "|"),
+                                                   ("csv", ","), ("tsv", "\t")])  # fmt: skip
+def test_a_files_own_validation_rows_choose_whatever_separates_its_columns(
+    tmp_path: Path, suffix: str, separator: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    other = "," if separator != "," else "and"  # a comma within the text, as in any sentence
+    marks = ["train", "train", "dev", "test"] * 5
+    lines = [("text", "label", "split")]
+    lines += [(f"row {i}{other} done", ("bad", "good")[i // 4 % 2], m) for i, m in enumerate(marks)]
+    path.write_text("\n".join(map(separator.join, lines)) + "\n", "utf-8")
+    config = TuneConfig(data=str(path), out="")
+    train, held = draw(config, config.resolve_task())
+    assert {int(text.split()[1].rstrip(other)) % 4 for text in train.texts} == {0, 1}
+    assert {int(text.split()[1].rstrip(other)) % 4 for text in held.texts} == {2}
+    assert (len(train), len(held)) == (10, 5)
+
+
+def test_a_file_is_read_once_for_all_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.parquet", text=list("abcdefgh"), label=["no", "yes"] * 4,
+                 split=["train"] * 4 + ["dev"] * 2 + ["test"] * 2)  # fmt: skip
+    config = TuneConfig(data=str(path), out="")
+    task = config.resolve_task()
+    path.unlink()
+    train, held = draw(config, task)
+    assert (sorted(train.texts), sorted(held.texts)) == (list("abcd"), list("ef"))
+
+
+def test_a_files_own_validation_rows_are_balanced_too(tmp_path: Path) -> None:
+    labels = ["bad", "good"] * 10 + ["bad"] * 12 + ["good"] * 3 + ["bad"]
+    marks = ["train"] * 20 + ["validation"] * 15 + ["test"]
+    path = write(tmp_path / "a.parquet", text=[f"t {i}" for i in range(36)], label=labels,
+                 split=marks)  # fmt: skip
+
+    def held(**flags: Any) -> Examples:
+        config = TuneConfig(data=str(path), out="", train=4, **flags)
+        return draw(config, config.resolve_task())[1]
+
+    assert held().counts.tolist() == [12, 3]
+    assert held(balanced=True).counts.tolist() == [3, 3]
+    assert held(balanced=True, validation=4).counts.tolist() == [2, 2]
+    assert held(balanced=True, seed=2).texts != held(balanced=True).texts
+    with pytest.raises(UserError, match="3 samples of class 'good', but a balanced draw needs 4"):
+        held(balanced=True, validation=8)
+
+
+def test_texts_of_signs_alone_are_cut_one_by_one(tmp_path: Path) -> None:
+    texts = [chr(0x1F600 + i) * n for i in range(60) for n in (1, 2)]
+    path = write(tmp_path / "a.parquet", text=texts)
+    assert 10 < len(load_examples(path, split="test")) < 40

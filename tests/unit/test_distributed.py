@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from serve.errors import Failure, UserError
 from trainer.cluster import ClusterConfig, fit_sample, nearest, run_cluster
-from trainer.distributed import engine
+from trainer.distributed import cluster, engine
 from trainer.distributed.shards import Shards, staged
 from trainer.label import LabelConfig, run_label
 from trainer.reservoir import rank
@@ -149,3 +150,20 @@ def test_the_nearest_centre_is_that_of_the_least_distance() -> None:
     centres = generator.normal(size=(6, 4))
     distances = ((vectors[:, None] - centres[None]) ** 2).sum(-1)
     np.testing.assert_array_equal(nearest(vectors, centres), distances.argmin(1))
+
+
+@pytest.mark.parametrize(("indices", "codes"), [(True, [0, 1]), (False, None)])
+def test_indices_of_files_that_name_their_classes_stay_indices(
+    monkeypatch: pytest.MonkeyPatch, indices: bool, codes: list[int] | None
+) -> None:
+    monkeypatch.setattr(cluster, "load_encoder", lambda source: None)
+    monkeypatch.setattr(cluster.Assign, "vectors", lambda self, texts: np.eye(len(texts)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    actor = cluster.Assign("encoder", np.eye(2), ["true", "false"], indices)
+    batch = {"text": np.array(["a", "b"]), "label": np.array([0, 1]), "bad": np.array(["", ""])}
+    if codes is None:
+        with pytest.raises(UserError, match="label 0 is not one of true, false: correct the row"):
+            actor(batch)
+    else:
+        found = actor(batch)
+        assert (found["label"].tolist(), found["cluster"].tolist()) == (codes, [0, 1])

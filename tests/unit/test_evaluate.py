@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from serve.cli import run as run_command
 from serve.errors import UserError
 from trainer import evaluate as command
 from trainer.__main__ import commands
+from trainer.backbone import load_backbone
 from trainer.configs import EvaluateConfig
 from trainer.data import Examples
 from trainer.evaluate import run_evaluate
 from trainer.prompt import Prompt, TaskRecord
-from trainer.tasks import get_task
+from trainer.rows import Rows, Scorer
+from trainer.tasks import get_task, make_task
 
 
 def record_of(task_name: str, **fields: Any) -> TaskRecord:
@@ -129,6 +134,41 @@ def test_flags_that_say_the_same_and_prompts_without_a_record(run: Any, tmp_path
     assert record.template == "<extra_id_0>: {text}"
 
 
+def test_a_fully_tuned_model_takes_no_other_backbone(run: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.parquet", text=["a", "b"], label=[0, 1])
+    record = record_of("sst2", mode="none")
+    with pytest.raises(UserError, match=r"p is a fully tuned model, .*: leave --backbone out"):
+        run(record, data=path, backbone="mini")
+    assert run(record, data=path).record.mode == "none"
+
+
+def test_a_prompt_of_a_file_asks_for_rows(run: Any) -> None:
+    for record in (record_of("sst2", name="reviews"), TaskRecord("reviews")):
+        with pytest.raises(UserError, match=r"p is of 'reviews', which .*--data FILE, or a --task"):
+            run(record)
+
+
+def test_the_template_alone_scores_as_the_scorer_does(
+    tiny_t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"the film was {word} and {word}" for word in ("good", "bad", "great", "awful")]
+    path = write(tmp_path / "mine.parquet", text=texts, label=["good", "bad", "good", "bad"])
+    argv = ["evaluate", "--data", path, "--split", "all", "--labels", "bad", "good"]
+    argv += ["--json", "-", "--backbone", str(tiny_t5), "--device", "cpu"]
+    assert run_command("python -m trainer", "", commands(argv), argv) == 0
+    found = json.loads(capsys.readouterr().out)
+
+    backbone = load_backbone(str(tiny_t5))
+    task = make_task("mine", ["bad", "good"])
+    labels = np.array([1, 0, 1, 0])
+    rows = Rows(backbone, task.template, texts, labels, TaskRecord().max_tokens)
+    scores = Scorer.of(backbone, task, "none").all({}, rows)
+    loss = torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels))
+    assert found["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert found["accuracy"] == float((scores.argmax(1).numpy() == labels).mean())
+    assert (found["prompt"], found["mode"], found["rows"]) == (None, "none", 4)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     write(tmp_path / "sst2.parquet", text=["a", "b", "c"], label=["negative", "positive", "1"])
@@ -189,6 +229,7 @@ def test_the_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> Non
 
     text = shown("finetune")
     assert "`evaluate FOLDER` reads it" in text and "--model" not in text
+    assert "own rows for validation, at most so many, where it marks others for testing" in text
     text = shown("evaluate")
     assert "rows of a fifth of its sentences, chosen by hash, which tuning never draws" in text
     assert "label word of each class, for a prompt without a task.json" in text

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from label_toy import FINE, POOR, csv, reviews, write_material
 
 from serve.cli import Command, run
 from serve.errors import UserError
@@ -21,11 +22,9 @@ from trainer.classifier import BundleLabeller, train_labeller, with_sentences
 from trainer.corpus import Sentence
 from trainer.data import Examples
 from trainer.label import LabelConfig, run_label
-from trainer.reservoir import BINS, Reservoir, fingerprint
-
-POOR = ["awful", "terrible", "boring", "dreadful", "nasty", "ugly"]
-FINE = ["lovely", "great", "superb", "charming", "tasty", "fresh"]
-THINGS = ["soup", "room", "film", "song", "phone", "book", "staff", "view"]
+from trainer.labels import class_names
+from trainer.reservoir import BINS, Reservoir
+from trainer.spelling import fingerprint
 
 
 def chunk_of(count: int, classes: int, seed: int) -> tuple[list[Sentence], np.ndarray]:
@@ -132,25 +131,6 @@ def test_balanced_choice_takes_as_many_of_each_class() -> None:
     assert np.bincount(found.choose(balance=False)["label"]).tolist() == [40, 10]
 
 
-def reviews(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Texts of two sentences each, good or bad by the words in them."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        mood, words = ("bad", POOR) if i % 2 else ("good", FINE)
-        parts = [
-            f"The {THINGS[generator.integers(8)]} was {words[generator.integers(6)]} number {i}."
-            for _ in range(2)
-        ]
-        rows.append((" ".join(parts), mood))
-    return rows
-
-
-def csv(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
-    path.write_text("text,label\n" + "".join(f'"{t}",{c}\n' for t, c in rows), "utf-8")
-    return path
-
-
 def test_the_classifier_learns_from_texts_and_their_sentences() -> None:
     rows = reviews(200)
     names = ("bad", "good")
@@ -229,18 +209,7 @@ def test_a_class_without_training_rows_is_named() -> None:
 
 @pytest.fixture
 def material(tmp_path: Path) -> dict[str, Any]:
-    """A labelled file, a corpus and the flags that use them."""
-    csv(tmp_path / "reviews.csv", reviews(300))
-    lines = [text for text, _ in reviews(400, seed=9)]
-    lines += ["The lovely staff was great and superb and it must not get in."]
-    (tmp_path / "corpus.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    return {
-        "corpus": [str(tmp_path / "corpus.txt")],
-        "data": str(tmp_path / "reviews.csv"),
-        "out": str(tmp_path / "out" / "sure.parquet"),
-        "per_class": 50,
-        "chunk": 64,
-    }
+    return write_material(tmp_path)
 
 
 def test_a_corpus_becomes_balanced_pseudo_labels(
@@ -257,38 +226,18 @@ def test_a_corpus_becomes_balanced_pseudo_labels(
     assert min(table["confidence"]) >= 0.6
     assert set(table["source"]) == {"corpus.txt"}
     assert not any("must not get in" in text for text in table["text"])
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
     assert "accuracy 1.000" in printed
+    assert "%|" not in errors  # a bar is for a terminal
     assert "801 sentences; 1 excluded" in printed
     assert (tmp_path / "out" / "sure.run.json").is_file()
 
 
-def test_a_killed_run_ends_as_one_that_was_not(
-    material: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_label(LabelConfig(**{**material, "out": str(tmp_path / "whole.parquet")}))
-    monkeypatch.setattr(label, "_CHECKPOINT_SECONDS", 0.0)
-    add, calls = Reservoir.add, []
-
-    def dying(self: Reservoir, *arguments: Any) -> None:
-        calls.append(len(arguments[0]))
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        add(self, *arguments)
-
-    monkeypatch.setattr(Reservoir, "add", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_label(LabelConfig(**material))
-    assert not Path(material["out"]).exists()
-    run_label(LabelConfig(**material))
-    assert sum(calls) - calls[5] == 801  # five chunks, then the rest: none twice
-    found, whole = (
-        parquet.read_table(path) for path in (material["out"], tmp_path / "whole.parquet")
-    )
-    assert found.equals(whole)
-    assert sorted(p.name for p in Path(material["out"]).parent.iterdir()) == [
-        "sure.parquet", "sure.run.json",
-    ]  # fmt: skip
+def test_the_file_says_what_its_classes_are_called(material: dict[str, Any]) -> None:
+    for flags in (material, {**material, "corpus": [], "labelled": True}):
+        run_label(LabelConfig(**flags))
+        Path(material["out"]).with_suffix(".run.json").unlink()  # as where only the file is copied
+        assert class_names(material["out"]) == ["bad", "good"]
 
 
 def test_labelled_rows_pass_through_with_their_own_labels(

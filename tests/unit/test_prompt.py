@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,3 +223,32 @@ def test_deep_keys_of_another_geometry_quote_both(backbone: Backbone) -> None:
     check_fits(Prompt(params, TaskRecord(mode="deep")), backbone)
     with pytest.raises(UserError, match=r"\[3, 2, 4, 4, 8\], but .* needs \[2, 2, 4, 4, 8\]"):
         check_fits(Prompt(other, TaskRecord(mode="deep")), backbone)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("temperature", 0, "0, but must be a number above 0"),
+        ("temperature", -1.5, "-1.5, but must be a number above 0"),
+        ("temperature", math.inf, "Infinity, but must be a number above 0"),
+        ("temperature", math.nan, "NaN, but must be a number above 0"),
+        ("temperature", "1.0", '"1.0", but must be a number above 0'),
+        ("temperature", True, "true, but must be a number above 0"),
+        ("max_tokens", 0, "0, but must be a whole number of at least 1"),
+        ("max_tokens", 12.5, "12.5, but must be a whole number of at least 1"),
+        ("labels", "no yes", '"no yes", but must be a list of texts'),
+        ("words", ["bad", 1], r'\["bad", 1\], but must be a list of texts'),
+        ("template", None, "null, but must be a text"),
+        ("backbone_sha256", 7, "7, but must be a text or null"),
+        ("seed", "1", '"1", but must be a whole number or null'),
+        ("figures", [], r"\[\], but must be an object of figures"),
+    ],
+)
+def test_a_record_that_was_edited_wrongly_names_the_field(
+    prompt: Prompt, tmp_path: Path, field: str, value: Any, what: str
+) -> None:
+    save_prompt(prompt, tmp_path / "p")
+    path = tmp_path / "p" / "task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(Failure, match=rf"task\.json: '{field}' is {what}: correct it"):
+        load_prompt(tmp_path / "p")

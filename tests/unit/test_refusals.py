@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from demo.__main__ import check_port
 from serve.cli import Command, run
 from serve.errors import Failure, UserError
+from trainer.__main__ import commands
 from trainer.data import Examples
 from trainer.few_shot import draw_few_shot
-from trainer.options import result_folder
+from trainer.options import output_file, output_folder, pick_device, result_folder
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
@@ -27,6 +29,99 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     assert result_folder(str(tmp_path / "new")) == tmp_path / "new"
     (tmp_path / "empty").mkdir()
     assert result_folder(str(tmp_path / "empty")) == tmp_path / "empty"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (str(tmp_path / "file" / "new"), str(tmp_path / ("long" * 70))):
+        for check in (output_folder, result_folder, output_file):
+            with pytest.raises(UserError, match=r"--out .* cannot be written \(.*\): pass another"):
+                check(out)
+    for out in (".", "..", ""):
+        with pytest.raises(UserError, match=r"--out .* is no name of its own"):
+            result_folder(out)
+    with pytest.raises(UserError, match="a folder, but a file is written"):
+        output_file(str(tmp_path))
+    with pytest.raises(UserError, match=r"--out a\.csv: the name must end in \.parquet"):
+        output_file("a.csv", ".parquet")
+    path = tmp_path / "not" / "yet" / "x.parquet"
+    assert output_file(str(path), ".parquet") == path
+    assert list(path.parent.iterdir()) == []  # what was tried is gone
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["label", "--corpus", "none.txt", "--out", "file/x.parquet"], "--out"),
+        (["cluster", "--data", "none.csv", "--out", "file/x.parquet"], "--out"),
+        (["evaluate", "none", "--json", "file/x.json"], "--json"),
+        (["tune", "--task", "vader-film-2", "--out", "file/x"], "--out"),
+        (["finetune", "--data", "none.csv", "--out", "."], "--out"),
+        (["meta", "--data", "none.csv", "--out", "file/x"], "--out"),
+    ],
+)
+def test_a_command_asks_for_its_output_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    argv: list[str], flag: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert run("python -m trainer", "", commands(argv), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag} {argv[-1]} ")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mps", "meta", "xla:0", "gpu", "cuda:-1"):
+        with pytest.raises(UserError, match=rf"--device {name} is unknown: use auto, cpu or cuda"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device is visible here; use --device cpu"):
+        pick_device("cuda:9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device cuda:2: the last CUDA device here is cuda:1"):
+        pick_device("cuda:2")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+TUNE = ["tune", "--task", "sst2", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*TUNE, "--seed", str(2**32)], "--seed must be at most"),
+        (["cluster", "--data", "x", "--out", "x.parquet", "--seed", str(2**64)], "--seed must be"),
+        (["label", "--out", "x.parquet", "--seed", str(10**30)], "--seed must be at most"),
+        ([*TUNE, "--rate", "1e38"], "--rate must be at most 1000, not 1e38"),
+        ([*TUNE, "--weight-decay", "1e38"], "--weight-decay must be at most 1000"),
+        (
+            ["finetune", "--task", "sst2", "--out", "x", "--rate", "1e38"],
+            "--rate must be at most 1",
+        ),
+        (
+            ["meta", "--data", "x", "--out", "x", "--inner-rate", "1e38"],
+            "--inner-rate must be at m",
+        ),
+        (["reproduce", "table1", "--ppt-rate", "1e38"], "--ppt-rate must be at most 1000"),
+        (["quickstart", "--seed", str(2**32)], "--seed must be at most"),
+        (["reproduce", "table1", "--seeds", "1", str(2**32)], "--seeds must be at most"),
+        (["reproduce", "table1", "--modes", "constants"], "--modes takes one of prefix, full, dee"),
+        (["reproduce", "table1", "--start", "nonsense"], "--start takes one of vocab, random, not"),
+        (
+            ["reproduce", "table1", "--device", "mps", "--methods", "ft"],
+            "--device mps is unknown: use",
+        ),
+    ],
+)
+def test_what_would_end_in_a_traceback_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    argv: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run("python -m trainer", "", commands(argv), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_a_port_that_is_taken_is_said_before_the_page_is_built() -> None:

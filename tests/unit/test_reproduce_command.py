@@ -11,9 +11,13 @@ import pytest
 from reproduce_toy import write_source, write_task
 
 from serve.errors import Failure, UserError
+from trainer.backbone import load_backbone
+from trainer.configs import MetaConfig, PretrainConfig
 from trainer.reproduce import command, pool, work
 from trainer.reproduce.config import ReproduceConfig
+from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings
+from trainer.source import meta_train, pretrain
 
 
 @pytest.fixture
@@ -174,6 +178,37 @@ def test_a_rate_that_is_too_small_is_named_by_its_own_flag(
     settings = {**toy, "methods": [method], "seeds": [1], f"{flag}_rate": 1e-9}
     with pytest.raises(Failure, match=rf"2 of 2 runs failed.*: --{flag}-rate 1e-09 over 6 steps"):
         command.run_reproduce(ReproduceConfig(**settings))
+
+
+@pytest.mark.parametrize("names", [("satisfied", "unsatisfied"), ("a", "b", "c", "d")])
+def test_a_source_whose_classes_are_no_scale_is_refused_before_the_runs(
+    toy: dict[str, Any], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    rows = "".join(f"the film {i},{names[i % len(names)]},{i // 20}\n" for i in range(40))
+    (tmp_path / "source.csv").write_text("text,label,cluster\n" + rows)
+    with pytest.raises(
+        UserError, match=r"a source has 2, 3 or 5 classes that .*: label .*source\.csv so$"
+    ):
+        command.run_reproduce(ReproduceConfig(**{**toy, "plan": True}))
+
+
+@pytest.mark.parametrize(
+    ("grouping", "train", "config"),
+    [
+        ("none", pretrain, PretrainConfig(data="", out="", steps=1)),
+        ("given", meta_train, MetaConfig(data="", out="", steps=1)),
+        ("random", meta_train, MetaConfig(data="", out="", steps=1)),
+    ],
+)
+def test_a_start_does_not_take_other_classes_for_bad_and_good(
+    tmp_path: Path, tiny_t5: Path, grouping: str, train: Any, config: Any
+) -> None:
+    path = tmp_path / "source.csv"
+    rows = "".join(f"the film {i},{('pro', 'con')[i % 2]},{i // 60}\n" for i in range(120))
+    path.write_text("text,label,cluster\n" + rows)
+    data = load_source(str(path), {"rows": 100, "grouping": grouping, "clusters": 2}, None)
+    with pytest.raises(UserError, match="called con, pro, which is no scale"):
+        train(load_backbone(str(tiny_t5)), data, config)
 
 
 def test_full_tuning_learns_what_one_word_tells(toy: dict[str, Any], tmp_path: Path) -> None:

@@ -188,3 +188,12 @@ def test_balanced_rows_hold_the_classes_evenly() -> None:
     assert list(np.bincount(labels[rows])) == [6, 6, 3]
     assert (np.diff(rows) > 0).all()
     assert list(balanced_rows(labels, 0)) == list(range(63))
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    once = {"tasks": ["sst2"], "methods": ["pt", "ft"], "seeds": [2, 1], "modes": ["full"]}
+    plan, again = (
+        make_plan(ReproduceConfig(what="table1", **names), FACTS)  # type: ignore[arg-type]
+        for names in (once, {name: [*values, values[0]] for name, values in once.items()})
+    )
+    assert plan == again and len(plan) == 4

@@ -33,8 +33,7 @@ def source(tmp_path: Path, labels: list[str], header: str = "text,label") -> Pat
 
 
 def words_of(data: SourceData, *words: str) -> list[str]:
-    config = MetaConfig(data="", out="", words=list(words))
-    return source_words(config, data.classes, data.names)
+    return source_words(words, data)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +130,14 @@ def test_what_label_wrote_is_named_by_its_record(tmp_path: Path) -> None:
     record["command"] = "export"
     path.with_suffix(".run.json").write_text(json.dumps(record), "utf-8")
     assert class_names(path) is None
+
+
+def test_indices_of_a_file_that_names_its_classes_stay_indices(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.parquet"
+    table = arrow.table({"text": [f"text {i}" for i in range(40)], "label": [0, 1] * 20})
+    parquet.write_table(table.replace_schema_metadata(class_metadata(["true", "false"])), path)
+    data = read_source(str(cluster(tmp_path, path)), clustered=True)
+    assert (data.names, data.labels.tolist()) == (("true", "false"), [0, 1] * 20)
 
 
 def test_a_folder_of_shards_is_named_by_its_record(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.errors import UserError
+from trainer.options import TaskOptions
 from trainer.tasks import (
     PAPER_TASKS,
     Task,
@@ -14,7 +16,6 @@ from trainer.tasks import (
     get_task,
     make_task,
     readable_aspect,
-    task_from_file,
     task_names,
 )
 
@@ -105,7 +106,18 @@ def test_labels_serve_as_words_unless_they_are_numbers() -> None:
 def test_a_file_brings_its_own_classes(tmp_path: Path) -> None:
     path = tmp_path / "moods.csv"
     path.write_text("say,mood\nhello,Happy\noh no,sad\nyes,Happy\n", "utf-8")
-    task = task_from_file(path, "say", "mood")
+    flags: dict[str, Any] = {"data": str(path), "text_column": "say", "label_column": "mood"}
+    task = TaskOptions(**flags).resolve_task()
     assert (task.name, task.labels, task.words) == ("moods", ("Happy", "sad"), ("happy", "sad"))
-    named = task_from_file(path, "say", "mood", words=["great", "bad"], name="n")
-    assert (named.name, named.words) == ("n", ("great", "bad"))
+    template = "<extra_id_0>: {text}"
+    named = TaskOptions(**flags, words=["great", "bad"], template=template).resolve_task()
+    assert (named.words, named.template) == (("great", "bad"), template)
+
+
+def test_a_registered_task_may_get_another_number_of_classes() -> None:
+    labels, words = ["negative", "neutral", "positive"], ["bad", "okay", "good"]
+    task = TaskOptions(task="sst2", labels=labels, words=words).resolve_task()
+    assert (task.labels, task.words) == (tuple(labels), tuple(words))
+    assert task.files == ("sst2",)
+    with pytest.raises(UserError, match=r"3 labels .* but 2 words .*: pass one word per label"):
+        TaskOptions(task="sst2", labels=labels).resolve_task()

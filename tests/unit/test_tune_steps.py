@@ -175,3 +175,13 @@ def test_without_test_rows_the_marked_ones_are_left_for_testing(tmp_path: Path) 
     config = TuneConfig(out="", data=str(path), labels=["no", "yes"])
     train, held = few_shot.draw(config, config.resolve_task())
     assert sorted(train.texts + held.texts) == sorted(f"train {i}" for i in range(10))
+
+
+def test_full_tuning_at_a_rate_of_0_is_refused(tiny_t5: Path) -> None:
+    backbone = load_backbone(str(tiny_t5), trainable=True)
+    examples = Examples(["good", "bad"], np.arange(2), ("no", "yes"))
+    task = make_task("film", ("no", "yes"), ("bad", "good"))
+    with pytest.raises(UserError, match="--rate 0 leaves the model as it is: try 3e-4"):
+        finetune_module.finetune(
+            backbone, task, examples, examples, FinetuneConfig(out="", rate=0.0)
+        )

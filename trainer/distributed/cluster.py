@@ -103,14 +103,14 @@ class Embed:
 class Assign(Embed):
     """An actor: labelled texts in; text, label and cluster out."""
 
-    def __init__(self, source: str, centres: np.ndarray, names: list[str]):
+    def __init__(self, source: str, centres: np.ndarray, names: list[str], indices: bool):
         super().__init__(source)
-        self.centres, self.names = centres, names
+        self.centres, self.names, self.indices = centres, names, indices
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[override]
         whole = batch["bad"] == ""  # what is not was reported when the texts were counted
         texts, labels = batch["text"][whole], batch["label"][whole].tolist()
-        codes = class_codes(labels, labels, self.names, ())
+        codes = class_codes(labels, labels, self.names, (), indices=self.indices)
         found = np.empty(0, np.int64)
         if len(texts):
             found = nearest(self.vectors(texts.tolist()), self.centres)
@@ -174,8 +174,9 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     with staged(config.out) as place:
         raw = Shards.under(place, "raw")
         assigned = read_files(ray, files, reader).map_batches(
-            Assign, fn_constructor_args=(source, centres, names), batch_size=_BATCH, **actors
-        )
+            Assign, fn_constructor_args=(source, centres, names, called is not None),
+            batch_size=_BATCH, **actors,
+        )  # fmt: skip
         raw.write(assigned)
         table = raw.count(len(centres), len(names))
         if table.sum() != rows:
@@ -201,7 +202,7 @@ def _collect(picked: Any, fit: int, bad: BadFiles) -> tuple[arrow.Table, int, li
     """The sample in the order of the rows, the number of all rows, and the labels' values."""
     rows, values = 0, set[str]()
     sample = _PICKED.empty_table()
-    with tqdm(unit=" texts", unit_scale=True, desc="count") as bar:
+    with tqdm(unit=" texts", unit_scale=True, desc="count", disable=None) as bar:
         for block in picked.iter_batches(batch_size=None, batch_format="pyarrow"):
             for counts in map(json.loads, block["counts"].drop_null().to_pylist()):
                 for message in counts["bad"]:
@@ -225,7 +226,7 @@ def _embed(ray: Any, sample: arrow.Table, source: str, actors: dict[str, Any]) -
     texts = ray.data.from_arrow([part.select(["place", "text"]) for part in parts])
     found = texts.map_batches(Embed, fn_constructor_args=(source,), batch_size=_BATCH, **actors)
     places, vectors = [], []
-    with tqdm(total=len(sample), unit="text", desc="embed the sample") as bar:
+    with tqdm(total=len(sample), unit="text", desc="embed the sample", disable=None) as bar:
         for block in found.iter_batches(batch_size=None, batch_format="numpy"):
             places.append(block["place"])
             vectors.append(block["vector"])

@@ -110,7 +110,10 @@ def annotate(
             batch_size=_BATCH, batch_format="pyarrow", num_cpus=ACTOR_CPUS,
             compute=ActorPoolStrategy(min_size=1, max_size=cpus(ray)),
         )  # fmt: skip
-        bar = tqdm(unit=" sentences", unit_scale=True, desc=f"label on Ray ({cpus(ray)} CPUs)")
+        bar = tqdm(
+            unit=" sentences", unit_scale=True, desc=f"label on Ray ({cpus(ray)} CPUs)",
+            disable=None,
+        )  # fmt: skip
         try:
             with bar:
                 for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.cli import option
+from trainer.options import MOST_SEED
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 KINDS = ("distil", "words", "prefix", "full", "span")  # of batch: see `trainer.pretraining.mixture`
@@ -65,7 +66,7 @@ class BackboneConfig:
     batch_tokens: int = option(1300, help="text tokens in a worker's batch", minimum=64)
     rate: float = option(2e-4, help="AdamW's peak rate for encoder and embeddings; 1e-3 if fresh; "
                          "3e-4 was too high for batches of 20,000 tokens", minimum=0.0)  # fmt: skip
-    seed: int = option(1, help="of initialisation and data order", minimum=0)
+    seed: int = option(1, help="of initialisation and data order", minimum=0, maximum=MOST_SEED)
     workers: int = option(2, help="CPU processes of one thread each, with --batch-tokens each; "
                           "1 on a GPU; `accelerate launch` brings its own", minimum=1)  # fmt: skip
     loaders: int = option(-1, help="processes that make batches beside a lone worker; -1: "

@@ -30,7 +30,7 @@ from trainer.reproduce.plan import (
     sources_needed,
     tasks_of,
 )  # fmt: skip
-from trainer.reproduce.pool import Job, run_jobs
+from trainer.reproduce.pool import Job, devices, run_jobs
 from trainer.reproduce.report import X_NAMES, Done, as_csv, comparisons, make_grid, markdown
 from trainer.reproduce.sources import (
     balanced_rows,
@@ -62,6 +62,7 @@ def run_reproduce(config: ReproduceConfig) -> None:
     out = output_folder(config.out)
     if "setfit" in methods_of(config) and not config.plan:
         setfit_row.check_setfit()
+    devices(config.device)  # which is refused before a source is built for hours
     names = sources_needed(config)
     files = source_files(config, names, build=not config.plan)
     for name in [name for name in names if name not in files]:

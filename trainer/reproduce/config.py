@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve.bundle import MODES
 from serve.cli import option
+from trainer.options import MOST_RATE, MOST_SEED
 
 WHATS = ("table1", "table2", "figure2", "figure3a", "figure3b", "figure4")
 METHODS = ("ft", "pt", "ppt", "metapt", "metapt-y", "setfit")
@@ -32,8 +34,10 @@ class ReproduceConfig:
         help="rows (default: the paper's, and SetFit); words is the template alone, pt-vocab is PT "
         "from words of the vocabulary, metapt-ppt is MetaPT from PPT's prompt",
     )
-    seeds: list[int] = option([1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0)
-    modes: list[str] = option(["full"], help="attention modes; full is the paper's")
+    seeds: list[int] = option(
+        [1, 2, 3, 4, 5], help="few-shot draws (section 5.1)", minimum=0, maximum=MOST_SEED
+    )
+    modes: list[str] = option(["full"], help="attention modes; full is the paper's", choices=MODES)
     data_dir: str | None = option(None, help="a folder of task files in place of the hub")
     source: str | None = option(
         None, help="source texts: a file with text and label, and cluster if it is to be kept",
@@ -61,9 +65,12 @@ class ReproduceConfig:
     meta_evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
     meta_patience: int = option(6, help="evaluations without a better score (A.3)", minimum=1)
     inner_rate: float = option(
-        0.08, help="alpha (A.3); 0: by search at the start, beyond the paper", minimum=0
+        0.08,
+        help="alpha (A.3); 0: by search at the start, beyond the paper",
+        minimum=0,
+        maximum=MOST_RATE,
     )
-    outer_rate: float = option(0.025, help="beta (A.3)", minimum=0)
+    outer_rate: float = option(0.025, help="beta (A.3)", minimum=0, maximum=MOST_RATE)
     inner_steps: int = option(1, help="inner steps", minimum=1)
     samples: int = option(4, help="support rows a task, and as many query rows (A.3)", minimum=1)
     balanced: bool = option(False, help="draw the classes of support and query evenly")
@@ -81,18 +88,27 @@ class ReproduceConfig:
     outer_clip: float = option(
         0.0, help="beyond the paper: largest norm of their gradients (0: any)", minimum=0
     )
-    start: str = option("vocab", help="where MetaPT and PPT start: vocab or random")
+    start: str = option("vocab", help="where MetaPT and PPT start", choices=("vocab", "random"))
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
-    ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0)
+    ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0, maximum=MOST_RATE)
     ppt_batch: int = option(80, help="rows a step of PPT: as many as ten tasks of 4 + 4", minimum=1)
-    rate: float = option(3e-3, help="downstream rate of prompts (A.4)", minimum=0)
-    ft_rate: float = option(3e-4, help="downstream rate of full tuning", minimum=0)
+    rate: float = option(
+        3e-3, help="downstream rate of prompts (A.4)", minimum=0, maximum=MOST_RATE
+    )
+    ft_rate: float = option(
+        3e-4, help="downstream rate of full tuning", minimum=0, maximum=MOST_RATE
+    )
     epochs: int = option(200, help="downstream epochs at most (A.4)", minimum=1)
     patience: int = option(6, help="downstream epochs without a better score (A.4)", minimum=1)
     device: str = option("auto", help="auto (every GPU there is, else the CPU), cpu, cuda:1 ...")
     jobs: int = option(1, help="runs at a time, each a process of its own", minimum=1)
     threads: int = option(0, help="CPU threads a job (0: all cores shared evenly)", minimum=0)
     plan: bool = option(False, help="show what is left and write what there is, run nothing")
+
+    def __post_init__(self) -> None:
+        # A run that is named twice would count twice in means and tests.
+        for name in ("tasks", "methods", "seeds", "modes", "sizes"):
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))
 
     examples = [
         "table1 --data-dir data --source runs/clusters.parquet --out runs/paper",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from serve.errors import Failure, UserError
+from trainer.options import pick_device
 from trainer.reproduce.store import Settings, settings_hash
 from trainer.reproduce.work import Surroundings, execute
 
@@ -32,9 +33,13 @@ _where: Surroundings | None = None
 
 
 def devices(device: str) -> list[str]:
-    """The devices that jobs are dealt out to: with `auto` every GPU, or the CPU."""
+    """The devices that jobs are dealt out to: with `auto` every GPU, or the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
     if device != "auto":
-        return [device]
+        return [str(pick_device(device))]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [f"cuda:{index}" for index in range(count)] or ["cpu"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -19,12 +20,16 @@ from trainer.embed import DEFAULT_ID, embed, encoder_source
 from trainer.label import LabelConfig, run_label
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import tasks_of
-from trainer.source import SourceData, read_source
+from trainer.source import SourceData, read_source, source_words
 from trainer.tables import iterate_rows
 from trainer.tasks import PAPER_TASKS, format_columns, get_task
 
 log = logging.getLogger(__name__)
 
+_CLASSES = (
+    "a source has 2, 3 or 5 classes that are numbered from the lowest to the highest, or named as "
+    "negative, neutral, positive are: label {path} so"
+)
 _SEED = 1  # of subsets and groupings: one source for all runs of a table
 _LEAST = 90  # rows a cluster must have: a tenth is held out, and must hold 4 + 4 for an episode
 
@@ -152,13 +157,14 @@ def describe_source(path: Path) -> dict[str, Any]:
     """Digest, number of rows, and whether a `cluster` column is there.
 
     Raises:
-        UserError: see `read_source`.
+        UserError: see `read_source`; classes that the label words do not fit, which would be found
+            only when the first start is trained.
     """
-    clustered, rows = False, 0
-    for _, row in iterate_rows(path, ["text", "label"], keep_all=True, flag="--source"):
-        clustered = "cluster" in row
-        rows += 1
-    return {"sha": sha256(path)[:16], "rows": rows, "clustered": clustered}
+    rows = iterate_rows(path, ["text", "label"], keep_all=True, flag="--source")
+    clustered = any("cluster" in row for _, row in itertools.islice(rows, 1))
+    data = read_source(str(path), clustered=False, flag="--source")
+    source_words((), data, _CLASSES.format(path=path))
+    return {"sha": sha256(path)[:16], "rows": len(data.texts), "clustered": clustered}
 
 
 def task_digest(task: str, data_dir: str | None) -> str:
@@ -223,12 +229,11 @@ def load_source(path: str, settings: dict[str, Any], encoder: str | None) -> Sou
     if grouping not in ("given", "none"):
         # Embeddings are those of the whole file, so that subsets find them in the cache.
         vectors = embeddings(path, encoder)[rows] if grouping == "kmeans" else None
-        names = tuple(str(i) for i in range(data.classes))
-        examples = Examples(texts, labels, names, path)
+        examples = Examples(texts, labels, data.names, path)
         clusters = assign(examples, grouping, settings["clusters"], _SEED, vectors)
         # Few texts in many clusters: half of an even share must do, or all would be joined.
         least = min(_LEAST, len(texts) // (2 * len(np.unique(clusters))))
         clusters, notes = repair(clusters, max(8, least), "merge", vectors)
         for note in notes:
             log.info("%s", note)
-    return SourceData(texts, labels, clusters, data.classes)
+    return replace(data, texts=texts, labels=labels, clusters=clusters)

@@ -112,7 +112,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     flag = "--outer-rate" if meta else "--ppt-rate"
     options = RunOptions(checkpoint, settings, quiet=where.quiet, rate_flag=flag)
     loop = train(backbone, data, config, options)
-    words = source_words(config, data.classes)
+    words = source_words(config.words, data)
     prompt = source_prompt(loop, config, words, settings["method"])
     prompt.task.figures["seconds"] = round(time.monotonic() - started, 1)
     record = {"settings": settings, "versions": versions()}
@@ -155,7 +155,8 @@ def _run_full(
 ) -> dict[str, Any]:  # fmt: skip
     backbone = load_backbone(where.backbone, device=where.device, trainable=True)
     config = FinetuneConfig(out="", **_shared(settings))
-    loop = finetune(backbone, task, train, validation, config, RunOptions(quiet=where.quiet))
+    options = RunOptions(quiet=where.quiet, rate_flag="--ft-rate")
+    loop = finetune(backbone, task, train, validation, config, options)
     record = TaskRecord(
         name=task.name, labels=list(task.labels), words=list(task.words), template=task.template,
         mode="none", max_tokens=config.max_tokens,
