@@ -15,7 +15,7 @@ from demo import compare as comparing
 from demo import why
 from demo.parts import FAST, KNOWN, session_of
 from demo.state import Room
-from serve.classifier import Result
+from serve.readout import Result
 
 MOST = 1000  # texts of one call
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from demo.html import bar, escape
 from demo.state import Room, check_text
-from serve.classifier import Result
 from serve.errors import UserError
+from serve.readout import Result
 
 KINDS = {
     "tuned": ("Tuned prompt", "as it is served"),

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from serve.classifier import Classifier, Result
+from serve.classifier import Classifier
 from serve.errors import UserError
 from serve.prompt import Arrays
+from serve.readout import Result
 from serve.task import Task
 from serve.tokenize import check_text as check_encodable
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from demo.html import escape
 from demo.state import Room, check_text
-from serve.classifier import Result
 from serve.errors import UserError
+from serve.readout import Result
 
 MOST_PIECES = 96  # left out one by one; in a longer text several words go together
 _EDGE = 1e-6  # a probability of 1 has no finite log-odds

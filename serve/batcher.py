@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from time import perf_counter  # uvloop's own clock ticks in milliseconds
 from typing import Protocol
 
-from serve.classifier import Result
 from serve.errors import Failure
 from serve.plan import BatchLimits, company
+from serve.readout import Result
 from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from serve.engine import CUDA, Engine, choose_providers, on_device, physical_cor
 from serve.errors import Failure, UserError
 from serve.plan import BatchLimits, in_groups, plan
 from serve.prompt import Arrays, check_prompt
+from serve.readout import Result, read_out
 from serve.task import Task, make_task, which
 from serve.tokenize import Encoded, Encoder, check_text
 
@@ -44,25 +45,6 @@ _RUN_COST, _RUN_COST_CUDA = 16, 1400
 # Tokens and rows of a batch, where nobody says: a GPU is twice as fast with more than a CPU wants.
 DEFAULT_BATCH = {"cpu": (2048, 32), "cuda": (16384, 256)}
 _TEXT_INPUTS = ("input_ids", "attention_mask", "task_id")
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer for one text.
-
-    Attributes:
-        label: the most probable label.
-        score: its probability.
-        probabilities: of every label, after the task's temperature; they add up to 1.
-        truncated: whether the text was cut to fit.
-        task: the task's name.
-    """
-
-    label: str
-    score: float
-    probabilities: dict[str, float]
-    truncated: bool
-    task: str
 
 
 class Classifier:
@@ -350,7 +332,7 @@ class Classifier:
         Raises:
             Failure: a prompt cannot be read, or onnxruntime fails.
         """
-        return self.read_out(batch, self.logits(batch))
+        return read_out(batch, self.logits(batch))
 
     def logits(self, batch: Sequence[Encoded]) -> np.ndarray:
         """The graph's answer for one batch: [B, C] float32, padded classes hugely negative."""
@@ -373,32 +355,3 @@ class Classifier:
             large = self.limits.cells(len(batch), longest) * self._score_bytes > _LARGE
             logits = self._engine.run(feed, give_back=large)[0].astype(np.float32)
         return logits[np.argsort(order)]
-
-    @staticmethod
-    def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:
-        """Probabilities and labels of one batch's logits [B, C].
-
-        Raises:
-            Failure: the logits are not finite, as when half precision overflows.
-        """
-        if not np.isfinite(logits).all():
-            raise Failure("the graph's logits are not finite: serve another --precision")
-        heat = np.array([item.task.temperature for item in batch], np.float32)
-        scaled = logits / heat[:, None]
-        scaled -= scaled.max(axis=1, keepdims=True)
-        odds = np.exp(scaled)
-        odds /= odds.sum(axis=1, keepdims=True)
-        results = []
-        for item, row in zip(batch, odds.tolist(), strict=True):
-            labels = item.task.labels
-            best = max(range(len(labels)), key=row.__getitem__)
-            results.append(
-                Result(
-                    labels[best],
-                    row[best],
-                    dict(zip(labels, row, strict=False)),  # the row goes on with padded classes
-                    item.truncated,
-                    item.task.name,
-                )
-            )
-        return results

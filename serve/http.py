@@ -24,10 +24,11 @@ from serve.batcher import (
     Request,
     TooManyTexts,
 )
-from serve.classifier import Classifier, Result
+from serve.classifier import Classifier
 from serve.errors import Failure
 from serve.metrics import Metrics
 from serve.protocol import Query, RequestError
+from serve.readout import Result
 from serve.routes import INTERNAL, make_routes
 from serve.task import Task
 from serve.tokenize import Encoded

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.classifier import Result
 from serve.errors import UserError
+from serve.readout import Result
 from serve.task import Task
 from serve.tokenize import check_text
 

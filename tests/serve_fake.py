@@ -10,9 +10,9 @@ import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from serve.classifier import Result
 from serve.errors import Failure, UserError
 from serve.plan import BatchLimits
+from serve.readout import Result
 from serve.task import Task
 from serve.tokenize import Encoded
 

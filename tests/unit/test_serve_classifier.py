@@ -15,6 +15,7 @@ import serve_toy as toy
 from serve import bundle
 from serve.classifier import MIB, Classifier
 from serve.errors import Failure, UserError
+from serve.readout import read_out
 from serve.tokenize import Encoded, start_of
 
 TEXTS = ["the film was good", "", "a bit long and dull", "very very good film the food was awful"]
@@ -100,7 +101,7 @@ def test_batches_side_by_side_give_the_same_answers(folder: Path) -> None:
         if len(started) < 3:
             started.append(len(batch))
             barrier.wait(10)  # it breaks unless three batches run at once
-        return beside.read_out(batch, beside.logits(batch))
+        return read_out(batch, beside.logits(batch))
 
     beside.run = run  # type: ignore[assignment, method-assign]
     for one, other in zip(alone, beside.classify(texts, task=tasks), strict=True):

@@ -26,6 +26,7 @@ from serve.engine import (
     share_cores,
 )
 from serve.errors import Failure, UserError
+from serve.readout import read_out
 
 
 def machine(root: Path, siblings: dict[int, str], quota: str | None = None) -> Path:
@@ -247,7 +248,7 @@ def test_logits_that_overflow_are_a_failure_and_no_answer(tmp_path: Path) -> Non
     classifier = Classifier(toy.make_bundle(tmp_path / "b"), threads=1)
     batch = classifier.encoder.encode(["good"], [classifier.tasks["film"]])
     with pytest.raises(Failure, match="--precision"):
-        classifier.read_out(batch, np.array([[np.nan, 1.0]], np.float32))
+        read_out(batch, np.array([[np.nan, 1.0]], np.float32))
 
 
 def resident() -> float:
