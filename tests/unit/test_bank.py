@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from serve.bank import Bank
 from serve.task import Task
+
+
+def film(**changes: Any) -> Task:
+    values: dict[str, Any] = {
+        "name": "film", "labels": ["n", "p"], "words": ["bad", "good"], "word_ids": [5, 6],
+        "template": "{text} <extra_id_0>", "prefix_ids": [], "suffix_ids": [3],
+    }  # fmt: skip
+    return Task(**values | changes)
+
+
+def bank_of_lengths(**settings: Any) -> Bank:
+    """Of constants that are a task's name in numbers, and a prompt of 4."""
+    return Bank(
+        {"bank_states": ((2,), np.float32)},
+        lambda task: {"bank_states": np.full(2, len(task.name)), "bank_length": np.array(4)},
+        memory=1 << 20,
+        **settings,
+    )
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
@@ -17,12 +37,38 @@ def test_numbers_beyond_half_precision_stay_finite_and_others_as_they_are(kind: 
         lambda _: {"bank_states": value, "bank_length": np.array(1)},
         memory=1 << 20,
     )
-    task = Task(name="film", labels=["n", "p"], words=["bad", "good"], word_ids=[5, 6],
-                template="{text} <extra_id_0>", prefix_ids=[], suffix_ids=[3])  # fmt: skip
-    with bank.lend([task]) as view:
+    with bank.lend([film()]) as view:
         kept = view.inputs["bank_states"].numpy()[view.slots[0]]
     assert kept.dtype == kind
     if kind is np.float16:
         assert kept.tolist() == [65504.0, -65504.0, 65504.0, 0.25]
     else:
         assert kept.tolist() == value.tolist()
+
+
+def test_a_slot_that_nobody_has_filled_is_one_of_length_1_without_labels() -> None:
+    """From the start, and after the bank has grown from 2 slots to 4."""
+    bank = bank_of_lengths(first_slots=2)
+    for count, slots in ((1, 2), (2, 2), (3, 4)):
+        with bank.lend([film(name="x" * n) for n in range(1, count + 1)]) as view:
+            found = {name: value.numpy() for name, value in view.inputs.items()}
+        empty = sorted(set(range(slots)) - set(view.slots))
+        assert found["bank_length"].shape == (slots,)
+        assert found["bank_length"][view.slots].tolist() == [4] * count
+        assert found["bank_length"][empty].tolist() == [1] * len(empty)
+        assert found["bank_states"][view.slots, 0].tolist() == list(range(1, count + 1))
+        assert found["label_ids"][view.slots].tolist() == [[5, 6]] * count
+        assert found["label_ids"][empty].tolist() == [[-1, -1]] * len(empty)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_dropped_task_stays_where_it_came_back_before_its_last_batch_ended(back: bool) -> None:
+    bank = bank_of_lengths()
+    with bank.lend([film()]):
+        bank.drop(film())
+        if back:
+            with bank.lend([film()]):
+                pass
+    assert len(bank) == int(back)
+    with bank.lend([film()]):
+        assert bank.misses == (1 if back else 2)

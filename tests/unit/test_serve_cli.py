@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import serve_toy as toy
 
@@ -179,6 +180,30 @@ def test_calls_are_timed_with_the_texts_in_turn() -> None:
     assert found["p50_ms"] == pytest.approx(20) and found["p95_ms"] == pytest.approx(50)
     assert found["texts_per_second"] == pytest.approx(24 / 0.33)
     assert len(latency.call_times(answer, ["a"], 1, 0.0, lambda: now[0])) == 10
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    times = np.random.default_rng(0).permutation(np.arange(1, 201)) / 1000  # 1 to 200 ms
+    found = latency.summary(times, 3)
+    assert (found["texts"], found["calls"]) == (3, 200)
+    for name, wanted in (("p50_ms", 100), ("p95_ms", 190), ("p99_ms", 198)):
+        assert found[name] == pytest.approx(wanted)
+    assert found["texts_per_second"] == pytest.approx(3 * 200 / 20.1)  # 1 + ... + 200 ms
+
+
+def test_latency_leaves_the_first_calls_of_a_size_out(
+    folder: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def timed(answer: object, texts: object, size: int, seconds: float) -> np.ndarray:
+        asked.append((size, seconds))
+        return np.array([9.0 if len(asked) % 2 else 0.002])
+
+    monkeypatch.setattr(latency, "call_times", timed)
+    found = json.loads(call("latency", folder, "--sizes", 1, 4, "--seconds", 2, "--json").out)
+    assert asked == [(1, 0.5), (1, 2.0), (4, 0.5), (4, 2.0)]
+    assert [row["p50_ms"] for row in found["sizes"]] == pytest.approx([2, 2])
 
 
 def test_latency_times_the_users_texts(folder: Path, call, tmp_path: Path) -> None:

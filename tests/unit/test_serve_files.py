@@ -104,3 +104,28 @@ def test_lines_that_are_there_are_given_together_and_whole(tmp_path: Path) -> No
             assert [len(chunk) for chunk in chunks] == [512] * 5 + [3003 - 5 * 512]
     assert list(text_chunks(io.BytesIO(b""), "the input", 512)) == []
     assert list(text_chunks(io.BytesIO(b"\n\na\n"), "the input", 512)) == [["", "", "a"]]
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the name as well, before the block is left."""
+    events: list[int | str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino))
+    for name in ("replace", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *paths, real=real: (events.append("named"), real(*paths))
+        )
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+        own = temporary.stat().st_ino
+    here = tmp_path.stat().st_ino
+    assert events == [own, "named", here]
+    events.clear()
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "b").write_text("x")
+        (folder / "c").write_text("x")
+        inside = {(folder / name).stat().st_ino for name in ("a/b", "c")}
+    assert set(events[:2]) == inside and events[2:] == ["named", here]

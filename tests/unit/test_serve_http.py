@@ -12,6 +12,7 @@ from serve_client import ask, infer, serve
 from serve_fake import FakeClassifier
 
 from serve.http import App
+from serve.metrics import Metrics
 
 # ---- answers -------------------------------------------------------------------------------------
 
@@ -216,3 +217,16 @@ def test_404_for_an_unknown_task_of_classify(name: str) -> None:
 def test_an_id_that_is_no_text_does_not_break_the_answer() -> None:
     body = json.dumps(infer("good", id="\ud800")).encode()
     assert ask("POST", "/v2/models/film/infer", 200, content=body)["id"] == "?"
+
+
+def test_padding_is_what_was_run_beyond_the_texts_own_tokens() -> None:
+    metrics = Metrics(lambda: 7, lambda: 3)
+    metrics.batch(rows=2, tokens=10, padded=12, seconds=0.25)
+    metrics.batch(rows=3, tokens=9, padded=15, seconds=0.5)
+    lines = metrics.page().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    wanted = {
+        "padding_tokens_total": 2 + 6, "batch_tokens_sum": 19, "batch_texts_sum": 5,
+        "batch_texts_count": 2, "run_seconds_sum": 0.75, "queue_depth": 7, "tasks": 3,
+    }  # fmt: skip
+    assert {name: float(values[f"metapt_{name}"]) for name in wanted} == wanted

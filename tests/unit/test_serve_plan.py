@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import serve_toy as toy
 from hypothesis import given
 from hypothesis import strategies as st
 from serve_fake import task
 
+from serve.classifier import Classifier
 from serve.plan import BatchLimits, company, in_groups, plan
 from serve.task import Task
 from serve.tokenize import Encoded
@@ -111,3 +115,17 @@ def test_plan_bounds_the_attention_scores(queries: int, keys: int) -> None:
         assert len(batch) == 1 or len(batch) * row_scores <= 5000
         # Full: with the next text it would have been too much.
         assert not after or (len(batch) + 1) * row_scores > 5000
+
+
+@pytest.mark.parametrize(("mode", "queries"), [("full", 5), ("prefix", 0), ("deep", 0)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_cpu_bounds_batches_by_its_caches_and_threads(
+    tmp_path: Path, mode: str, queries: int, threads: int
+) -> None:
+    """Scores of the toy's 2 heads in 4 bytes each fill 6 MiB; a prompt of 5 is always attended to,
+    and attends itself in mode full only; a run costs 16 tokens for each thread."""
+    found = Classifier(toy.make_bundle(tmp_path / "b", mode), threads=threads)
+    assert found.limits == BatchLimits(
+        tokens=2048, rows=32, tasks=found.bank.capacity, run_cost=16 * threads,
+        scores=6 * 1024 * 1024 // (2 * 4), queries=queries, keys=5,
+    )  # fmt: skip
