@@ -15,11 +15,12 @@ pytest.importorskip("gradio")
 
 from demo import compare, why
 from demo.parts import cut_note, plain
-from demo.state import MAX_TEXT, Limits, Room, record_of
+from demo.state import MAX_TEXT, Limits, Room, random_like, record_of
 from demo.tabs.many import classify_all
 from serve import bundle
 from serve.classifier import Classifier
 from serve.errors import UserError
+from serve.readout import Result
 
 TEXT = "the film was very long and great"
 
@@ -62,6 +63,24 @@ def test_tasks_go_with_their_visitor(room: Room) -> None:
     room.leave("ada")
     assert set(room.classifier.tasks) == before
     assert room.names("ada") == ["film", "food"]
+
+
+def test_tasks_go_with_a_visitor_who_has_been_silent_for_an_hour(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("demo.state.time.monotonic", lambda: now[0])
+    before = set(room.classifier.tasks)
+    for who in ("ada", "bob"):
+        teach(room, who, "side")
+    now[0] += 3600
+    room.visitor("eve")
+    assert room.names("bob") == ["film", "food", "side"]  # not silent: he asks
+    now[0] += 1
+    room.visitor("eve")
+    assert room.names("ada") == ["film", "food"]
+    assert room.names("bob") == ["film", "food", "side"]
+    assert set(room.classifier.tasks) == before | {room.key("bob", "side")}
 
 
 def test_a_run_that_ends_after_its_visitor_left_serves_nothing(
@@ -173,6 +192,43 @@ def test_coloured_words_are_escaped_and_complete(room: Room) -> None:
     )
 
 
+FOUND = why.Explanation(
+    Result("good", 0.8, {"good": 0.8, "bad": 0.2}, False, "film"),
+    [
+        why.Piece(0, 3, 0.5, 0.7, "good"),
+        why.Piece(4, 7, -2.0, 0.96, "good"),
+        why.Piece(8, 13, 1.5, 0.4, "bad"),
+        why.Piece(14, 15, 0.0, 0.8, "good"),
+    ],
+    1.0,
+    1,
+)  # of the text "one two three ."
+
+
+def test_a_word_is_tinted_by_its_side_and_by_its_share_of_the_heaviest() -> None:
+    shown = why.coloured("one two three .", FOUND)
+    spans = re.findall(r'class="(\w+)" style="--a:([\d.]+)" title="([^"]*)">([^<]*)<', shown)
+    told = "without it: good {} (whole text 80%)"
+    assert [(word, kind, float(shade)) for kind, shade, _, word in spans] == [
+        ("one", "for", 0.19),  # 0.75 x 0.5 / 2
+        ("two", "against", 0.75),
+        ("three", "for", 0.56),
+        (".", "for", 0.0),
+    ]
+    assert [title for _, _, title, _ in spans] == [
+        told.format(share) for share in ("70%", "96%", "40%", "80%")
+    ]
+
+
+def test_the_heaviest_words_come_first_whichever_their_side() -> None:
+    rows = [
+        ["two", "-2.00", "96%", "good"], ["three", "+1.50", "40%", "bad"],
+        ["one", "+0.50", "70%", "good"], [".", "+0.00", "80%", "good"],
+    ]  # fmt: skip
+    assert why.ranking("one two three .", FOUND) == rows
+    assert why.ranking("one two three .", FOUND, 2) == rows[:2]
+
+
 def test_no_word_is_told(room: Room) -> None:
     with pytest.raises(UserError, match="no word"):
         why.explain(room, "ada", " \n", "film")
@@ -214,6 +270,21 @@ def test_a_changed_answer_is_marked_and_names_are_escaped(room: Room) -> None:
     changed = {key: ("nix" if key == "film/tuned" else label) for key, label in old.items()}
     html = compare.table(found, changed)
     assert html.count("class=changed") == 1 and "was nix" in html
+
+
+def test_noise_for_comparison_is_as_wide_as_the_prompts_own_numbers() -> None:
+    generator = np.random.default_rng(3)
+    spreads = {"kv": 0.02, "states": 7.0}
+    prompt = {
+        name: generator.normal(5.0, spread, (40, 100)).astype(np.float32)
+        for name, spread in spreads.items()
+    }
+    found = random_like(prompt)
+    assert set(found) == set(spreads)
+    for name, spread in spreads.items():
+        assert (found[name].shape, found[name].dtype) == ((40, 100), np.float32)
+        assert float(found[name].std()) == pytest.approx(spread, rel=0.05)
+        assert abs(float(found[name].mean())) < 0.1 * spread
 
 
 def test_record_of_a_task_adds_the_same_task(room: Room) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -96,6 +97,22 @@ def test_filter_and_order_agree_with_plain_python() -> None:
     assert kept["row"].tolist() == [r["row"] for r in plain] == [1, 7]
 
 
+@pytest.mark.parametrize(
+    ("order", "key"),
+    [
+        ("as given", lambda r: r["row"]),
+        ("least sure first", lambda r: r["confidence"]),
+        ("most sure first", lambda r: -r["confidence"]),
+        ("by text", lambda r: r["text"]),
+    ],
+)
+def test_every_order_is_as_it_is_called(order: str, key: Any) -> None:
+    """Rows that are equal in it stay as they were."""
+    table = answers(30)
+    wanted = [r["row"] for r in sorted(table.to_dict("records"), key=key)]
+    assert view(table, None, 1, "", order)["row"].tolist() == wanted
+
+
 def test_a_search_is_literal_and_without_case() -> None:
     assert view(answers(), None, 1, "TEXT C*", "as given")["row"].tolist() == [3]
     assert view(answers(), None, 1, ".", "as given").empty
@@ -116,6 +133,13 @@ def test_distributions_count_every_row_once() -> None:
     assert spread["rows"].sum() == 40
     low = spread[spread["confidence"] == "30–40 %"]["rows"].sum()
     assert low == sum(0.3 <= value < 0.4 for value in table["confidence"])
+
+
+def test_an_answer_of_whole_confidence_is_counted_with_the_surest() -> None:
+    table = answers(4).assign(confidence=[1.0, 0.9, 0.89, 0.0])
+    _, spread = distributions(table)
+    counts = spread.groupby("confidence")["rows"].sum().to_dict()
+    assert counts == {"90–100 %": 2, "80–90 %": 1, "0–10 %": 1}
 
 
 def test_the_download_reads_back(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("gradio")
 
 from demo.lesson import EXAMPLES
 from demo.tabs.teach import result_line
-from demo.teach import Lessons, Start, make_lesson, parse_labels, split
+from demo.teach import Lessons, Start, choose_start, make_lesson, parse_labels, split
 from demo.words import choose_words, whole_words
 from serve.errors import UserError
 from trainer.prompt import Prompt, TaskRecord
@@ -113,6 +116,54 @@ def test_the_run_of_the_lowest_held_out_loss_is_served() -> None:
     assert lessons.winner() == "words"
     del lessons.prompts["words"]
     assert lessons.winner() == "random"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_lesson_begins_at_the_prompt_that_answers_its_examples_best(
+    tiny_t5: Path, count: int
+) -> None:
+    """Best: the least mean cross-entropy, here summed up text by text."""
+    from trainer.backbone import load_backbone
+    from trainer.data import Examples
+    from trainer.readout import Batch, class_scores, compile_template, encode_texts, word_ids
+    from trainer.tasks import make_task
+
+    backbone = load_backbone(str(tiny_t5))
+    random = np.random.default_rng(5)
+    prompts = {f"p{n}": random.normal(0, 3, (3, 32)).astype(np.float32) for n in range(count)}
+    bundle = SimpleNamespace(
+        mode="prefix", read_prompt=lambda name: {"prompt_embeddings": prompts[name]}
+    )
+    room: Any = SimpleNamespace(
+        classifier=SimpleNamespace(bundle=bundle),
+        lesson_starts=lambda: {name: name for name in prompts},
+    )
+    task = make_task("mood", ["bad", "good"])
+    train = Examples(["the film", "a story", "food", "great acting"], np.array([0, 1, 1, 0]),
+                     ("bad", "good"))  # fmt: skip
+    rows = encode_texts(
+        backbone.tokenizer, compile_template(backbone.tokenizer, task.template), train.texts, 128
+    )
+    words = torch.tensor(word_ids(backbone.tokenizer, task.words))
+
+    def loss(name: str) -> float:
+        params, total = {"prompt_embeddings": torch.from_numpy(prompts[name])[None]}, 0.0
+        for ids, label in zip(rows, train.labels.tolist(), strict=True):
+            batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+            scores = class_scores(
+                backbone.t5, "prefix", params, batch, words, backbone.decoder_ids
+            )[0].tolist()
+            total += math.log(sum(map(math.exp, scores))) - scores[label]
+        return total / len(rows)
+
+    with torch.no_grad():
+        losses = {name: loss(name) for name in prompts}
+    wanted = min(losses, key=losses.__getitem__)
+    assert count == 1 or wanted != "p0"  # the first would be taken without a look
+    found = choose_start(room, backbone, task, train)
+    assert (found.name, found.among) == (wanted, count)
+    assert found.params["prompt_embeddings"].requires_grad
+    np.testing.assert_array_equal(found.arrays()["prompt_embeddings"], prompts[wanted])
 
 
 @pytest.mark.parametrize(("right", "doubted"), [(10, False), (7, True)])

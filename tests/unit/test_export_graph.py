@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from exporter.graph import PrefixGraph, ServedGraph, SingleFileGraph
 from exporter.layers import Norm
-from serve.errors import UserError
+from exporter.verify import check
+from serve.errors import Failure, UserError
 from trainer.backbone import Backbone, load_backbone
 from trainer.modes import deepen
 from trainer.readout import Batch, class_scores
@@ -157,3 +159,14 @@ def test_an_unknown_activation_is_refused(tiny_t5: Path) -> None:
     backbone.t5.model.config.dense_act_fn = "tanh"
     with pytest.raises(UserError, match="activation 'tanh'"):
         ServedGraph(backbone.t5, backbone.decoder_ids, "prefix", 4)
+
+
+@pytest.mark.parametrize(
+    ("worst", "ships"), [(0.0, True), (1e-4, True), (1.1e-4, False), (math.nan, False)]
+)
+def test_a_graph_ships_where_its_difference_is_known_to_be_small(worst: float, ships: bool) -> None:
+    if ships:
+        check(worst, "the graph")
+        return
+    with pytest.raises(Failure, match="the graph differs from torch by"):
+        check(worst, "the graph")

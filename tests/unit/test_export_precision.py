@@ -16,6 +16,7 @@ from exporter.precision import (
     fp16_onnx,
     halve_bank,
     head_products,
+    int8_onnx,
     join_wide,
     quantize_heads,
 )
@@ -29,6 +30,17 @@ def model_of(weight: np.ndarray) -> onnx.ModelProto:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [HEADS, ROWS, NARROW])
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
     graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def one_product(weight: np.ndarray, name: str = "w") -> onnx.ModelProto:
+    """x [B, in] -> x @ weight."""
+    info, full = helper.make_tensor_value_info, TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", name], ["y"], name="product")], "g",
+        [info("x", full, ["B", weight.shape[0]])], [info("y", full, ["B", weight.shape[1]])],
+        [numpy_helper.from_array(weight, name)],
+    )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -47,6 +59,41 @@ def test_each_column_of_each_head_has_a_scale_of_its_own(target: str) -> None:
     got = session.run(None, {"x": values})[0]
     error = np.abs(got - values @ weight) / np.where(sizes > 0, sizes, 1.0)
     assert error.max() < 0.2  # of the column's own deviation, of which a product has four
+
+
+# The largest step of a weight by target: 127 where a byte's whole range is right on that CPU, and
+# 63 where a zero point would be needed, or a product of two could saturate.
+@pytest.mark.parametrize(
+    ("target", "largest"), [("any", 63), ("avx2", 63), ("avx512_vnni", 127), ("arm64", 127)]
+)
+def test_a_heads_columns_use_all_the_steps_that_their_cpu_takes(target: str, largest: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((HEADS, WIDE, NARROW)).astype(np.float32)
+    model = model_of(weight)
+    quantize_heads(model, INT8[target])
+    steps, scales = (numpy_helper.to_array(tensor) for tensor in model.graph.initializer)
+    assert (np.abs(steps).max(axis=1) == largest).all()
+    # Nearest steps: no weight is further off than half of one.
+    step = np.abs(weight).max(axis=1, keepdims=True) / largest
+    assert (np.abs(steps * scales - weight) <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "low", "high"),
+    [("any", -64, 64), ("avx2", 0, 255), ("avx512_vnni", -127, 127), ("arm64", -127, 127)],
+)
+def test_a_matrixs_weights_are_in_the_range_of_their_cpu(
+    tmp_path: Path, target: str, low: int, high: int
+) -> None:
+    weight = np.random.default_rng(1).standard_normal((WIDE, 64)).astype(np.float32)
+    onnx.save(one_product(weight), tmp_path / "g.onnx")
+    model, _ = int8_onnx(tmp_path / "g.onnx", target)
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    steps = found["w_quantized"].astype(np.int64)
+    assert (steps.min(), steps.max()) == (low, high)
+    if target == "any":  # two products with inputs of up to 255 are added in 16 bits
+        assert 2 * 255 * np.abs(steps).max() < 2**15
+    back = (steps - found["w_zero_point"]) * found["w_scale"]
+    assert (np.abs(back - weight) <= 0.501 * found["w_scale"]).all()
 
 
 def test_a_halved_bank_is_widened_where_it_is_used() -> None:
@@ -135,6 +182,42 @@ def test_between_wide_operators_nothing_is_narrowed() -> None:
     assert len(names) == len(set(names))  # onnxruntime before 1.32 refuses others
     np.testing.assert_allclose(answer(), 8 * values, rtol=2e-3)
     assert join_wide(half) == 0
+
+
+@pytest.mark.parametrize("name", ["decoder.feed.1.w_out", "feed.w_out"])
+def test_a_feed_forward_output_beyond_half_precision_stays_right_in_fp16(
+    tmp_path: Path, name: str
+) -> None:
+    """The residual stream takes it as it is, and a norm brings it back into range."""
+    random = np.random.default_rng(0)
+    tensors = {
+        name: random.uniform(200, 400, (4, 4)).astype(np.float32),
+        "norm": np.array(1e-5, np.float32),
+        "w": random.standard_normal((4, 4)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", name], ["out"], name="feed"),
+        helper.make_node("Mul", ["out", "norm"], ["normed"], name="norm"),
+        helper.make_node("MatMul", ["normed", "w"], ["y"], name="next"),
+    ]
+    info, full = helper.make_tensor_value_info, TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes, "g", [info("x", full, ["B", 4])], [info("y", full, ["B", 4])],
+        [numpy_helper.from_array(value, key) for key, value in tensors.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "g.onnx")
+    half, figures = fp16_onnx(tmp_path / "g.onnx")
+    assert figures == {"half_products": 1, "wide_products": 1}
+    # onnxruntime's CPU kernels widen what they add up, so there an overflow need not show.
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert types == {name: full, "norm": full, "w": TensorProto.FLOAT16}
+    x = random.uniform(100, 200, (3, 4)).astype(np.float16)
+    out = x.astype(np.float64) @ tensors[name]
+    assert out.min() > 65504
+    session = ort.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+    wanted = out * 1e-5 @ tensors["w"]
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=0.01, atol=0.02)
 
 
 def test_fp16_puts_no_words_of_the_converter_into_the_log(
