@@ -147,7 +147,7 @@ def test_validation_is_the_query_loss_and_accuracy_of_eight_episodes_of_held_out
     data = SourceData(texts, generator.integers(0, 3, 120), np.arange(120) % TASKS, 3)
     config = MetaConfig(
         data="", out="", init="random", mode="full", prompt_tokens=3, steps=1, samples=SAMPLES,
-        inner_rate=0.8, inner_steps=2, validation_share=0.2, seed=5,
+        inner_rate=0.8, inner_steps=2, order="first", validation_share=0.2, seed=5,
     )  # fmt: skip
     found = meta_train(backbone, data, config, RunOptions(quiet=True)).state.metrics[0]
 
