@@ -13,7 +13,7 @@ import pytest
 from serve.cli import Command, run
 from serve.errors import UserError
 from trainer import cluster
-from trainer.cluster import ClusterConfig, assign, repair, run_cluster
+from trainer.cluster import ClusterConfig, assign, nearest, repair, run_cluster
 from trainer.data import Examples
 
 
@@ -41,6 +41,16 @@ def test_kmeans_finds_groups_that_are_there() -> None:
     assert groups(found) == groups(truth)
 
 
+def test_the_nearest_centre_is_the_one_at_the_least_distance() -> None:
+    """Centres are means, so that some lie much nearer to zero than others."""
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(60, 5)).astype(np.float32)
+    centres = generator.normal(size=(7, 5)) * np.linspace(0.1, 2.0, 7)[:, None]
+    want = [min(range(7), key=lambda k: np.linalg.norm(v - centres[k])) for v in vectors]
+    assert len(set(want)) > 4
+    assert nearest(vectors, centres).tolist() == want
+
+
 def test_large_sets_are_clustered_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_MINIBATCH_ABOVE", 100)
     vectors, truth = blobs(400, 4)
@@ -52,6 +62,20 @@ def test_lda_finds_topics_by_their_words() -> None:
     topics = [["soup", "pizza", "waiter", "menu"], ["laptop", "screen", "battery", "keyboard"]]
     truth = np.arange(200) % 2
     texts = [" ".join(generator.choice(topics[t], 6)) for t in truth]
+    found = assign(examples_of(texts), "lda", 2, 0)
+    assert max((found == truth).mean(), (found != truth).mean()) > 0.95
+
+
+def test_lda_passes_over_the_words_of_more_than_half_of_the_texts() -> None:
+    generator = np.random.default_rng(0)
+    topics = [["soup", "pizza", "waiter", "menu"], ["laptop", "screen", "battery", "keyboard"]]
+    truth = np.arange(200) % 2
+    # Three texts in five, of either topic, say what would otherwise be the clearest topic.
+    often = (np.arange(200) // 2 % 5 < 3) * 8
+    texts = [
+        " ".join([*generator.choice(topics[t], 6), *["service"] * count])
+        for t, count in zip(truth, often, strict=True)
+    ]
     found = assign(examples_of(texts), "lda", 2, 0)
     assert max((found == truth).mean(), (found != truth).mean()) > 0.95
 

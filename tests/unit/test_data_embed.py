@@ -14,14 +14,18 @@ from trainer.embed import embed, encoder_source, load_encoder
 
 
 class Fake:
-    """An encoder that tells how often it ran: a text's vector is its length and first letter."""
+    """An encoder that tells how often it ran: a text's vector is its length and first letter, of
+    length 1 where it is told to normalise."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+    def encode(self, texts: list[str], *, normalize_embeddings: bool, **_: Any) -> np.ndarray:
         self.batches.append(texts)
-        return np.array([[len(text), ord(text[0])] for text in texts], np.float32)
+        vectors = np.array([[len(text), ord(text[0])] for text in texts], np.float32)
+        if normalize_embeddings:
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
 
 
 @pytest.fixture
@@ -38,7 +42,8 @@ def test_rows_belong_to_their_texts_though_batches_go_by_length(
     monkeypatch.setattr(module, "BATCH", 3)
     texts = [chr(97 + i % 26) * (1 + i * 7 % 19) for i in range(50)]
     found = embed(texts, "some/id", quiet=True)
-    np.testing.assert_array_equal(found, [[len(text), ord(text[0])] for text in texts])
+    want = np.array([[len(text), ord(text[0])] for text in texts])
+    np.testing.assert_allclose(found, want / np.hypot(*want.T)[:, None], rtol=1e-6)
     assert found.dtype == np.float32
     lengths = [len(text) for batch in fake.batches for text in batch]
     assert lengths == sorted(lengths, reverse=True)

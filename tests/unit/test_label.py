@@ -149,6 +149,45 @@ def test_the_classifier_learns_from_texts_and_their_sentences() -> None:
     assert labeller.probabilities([]).shape == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ((1, 60), ["Poor.", "It was bad.", "I will not go back."]),
+        ((3, 5), ["It was bad.", "I will not go back."]),
+        ((1, 3), ["Poor.", "It was bad."]),
+        ((4, 4), []),
+    ],
+)
+def test_sentences_of_some_lengths_only_are_learnt_from(
+    words: tuple[int, int], kept: list[str]
+) -> None:
+    text = "Poor. It was bad. I will not go back."
+    examples = Examples([text, "Good."], np.array([1, 0]), ("good", "bad"))
+    texts, labels = with_sentences(examples, words)
+    assert texts == [text, "Good.", *kept]
+    assert labels.tolist() == [1, 0, *[1] * len(kept)]
+
+
+def test_a_skewed_set_does_not_skew_the_classifier() -> None:
+    """Nine of ten texts are good, but nothing in them tells which."""
+    examples = Examples(["the film"] * 40, np.array([1] * 36 + [0] * 4), ("bad", "good"))
+    found = train_labeller(examples).probabilities(["the film"])
+    np.testing.assert_allclose(found, [[0.5, 0.5]], atol=1e-3)
+
+
+def test_a_word_said_again_counts_by_the_logarithm() -> None:
+    labeller = train_labeller(Examples(["good film", "bad film"], np.arange(2), ("a", "b")))
+    found = np.sort(labeller.model[:-1].transform(["good good good film"]).data)
+    rare, unseen = np.log(3 / 2) + 1, np.log(3 / 1) + 1  # of the two texts, one and none have it
+    plain = np.array([
+        (1 + np.log(3)) * rare,  # good
+        1 * 1,  # film, which both have
+        1 * rare,  # good film
+        (1 + np.log(2)) * unseen,  # good good
+    ])  # fmt: skip
+    np.testing.assert_allclose(found, np.sort(plain / np.linalg.norm(plain)))
+
+
 class Exported:
     """Stands for `serve.classifier.Classifier`: two tasks; opened bundles are noted down."""
 

@@ -161,6 +161,21 @@ def test_patience_counts_evaluations_without_better_accuracy_or_loss() -> None:
     assert loop.state.best_step == 1 and loop.state.best == Score(0.7, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([1.0, 0.9995, 0.9990, 0.9985, 0.9980], 2),  # half a thousandth at a time
+        ([1.0, 0.9980, 0.9960, 0.9940, 0.9920], 4),
+        ([1.0, 0.9995, 0.9980, 0.9975, 0.9970], 4),  # the second ends the first's count
+    ],
+)
+def test_a_loss_that_creeps_down_is_no_reason_to_go_on(losses: list[float], steps: int) -> None:
+    loop = scripted([(0.5, loss) for loss in losses], patience=2)
+    loop.run()
+    assert loop.state.step == steps
+    assert loop.state.best_step == steps  # the least better is still what is kept
+
+
 def test_equal_accuracy_is_decided_by_loss() -> None:
     loop = scripted([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], patience=9)
     loop.run()

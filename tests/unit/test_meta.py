@@ -1,4 +1,4 @@
-"""MetaPT's gradient against the per-task loop and against finite differences, in float64."""
+"""MetaPT's gradient and validation against the per-task loop and against finite differences."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from trainer.backbone import Backbone, load_backbone
+from trainer.configs import MetaConfig
+from trainer.initial import initial_params
+from trainer.loop import RunOptions
 from trainer.meta import TaskSampler, outer_gradient
 from trainer.modes import Params, add_group, deepen
 from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
+from trainer.source import SourceData, hold_out, meta_train
 
 RATE = 0.3
 TASKS, SAMPLES = 3, 2
@@ -130,6 +134,46 @@ def test_gradient_equals_finite_differences(
             values.append(outer_loss(scorer, {"prompt_embeddings": moved}, *batches))
         slope = (values[0] - values[1]) / (2 * step)
         assert float(prompt.grad[row, column]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+def test_validation_is_the_query_loss_and_accuracy_of_eight_episodes_of_held_out_rows(
+    tiny_t5: Path,
+) -> None:
+    """What is measured at the start, against one task after another."""
+    backbone = load_backbone(str(tiny_t5))
+    generator = np.random.default_rng(0)
+    words = ["film", "food", "bad", "great", "not", "very", "the", "plot"]
+    texts = [" ".join(generator.choice(words, 5)) for _ in range(120)]
+    data = SourceData(texts, generator.integers(0, 3, 120), np.arange(120) % TASKS, 3)
+    config = MetaConfig(
+        data="", out="", init="random", mode="full", prompt_tokens=3, steps=1, samples=SAMPLES,
+        inner_rate=0.8, inner_steps=2, order="first", validation_share=0.2, seed=5,
+    )  # fmt: skip
+    found = meta_train(backbone, data, config, RunOptions(quiet=True)).state.metrics[0]
+
+    scorer = Scorer(backbone, WORDS, "full")
+    start = initial_params(backbone, "random", "full", 3, 5)
+    rows = Rows(backbone, config.template, texts, data.labels, config.max_tokens)
+    _, held = hold_out(data, 0.2, 5)
+    sampler = TaskSampler(data.clusters[held], data.labels[held], SAMPLES)
+    losses, hits = [], []
+    for episode in range(8):
+        support, query = (rows.batch(held[chosen]) for chosen in sampler.draw(5, episode))
+        for task in range(TASKS):
+            own, asked = start, part(query, task)
+            for _ in range(2):
+                loss = loss_of(scorer, own, part(support, task))
+                gradients = torch.autograd.grad(loss, list(own.values()))
+                own = {
+                    name: value - 0.8 * gradient
+                    for (name, value), gradient in zip(own.items(), gradients, strict=True)
+                }
+            with torch.no_grad():
+                losses.append(float(loss_of(scorer, own, asked)))
+                hits += (scorer(add_group(own), asked).argmax(-1) == asked.labels).tolist()
+    assert len(hits) == 8 * TASKS * SAMPLES and 0 < sum(hits) < len(hits)
+    assert found["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["validation_accuracy"] == pytest.approx(np.mean(hits))
 
 
 def test_frozen_weights_get_no_gradient(backbone: Backbone, batches: tuple[Batch, Batch]) -> None:

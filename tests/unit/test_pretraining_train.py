@@ -1,4 +1,4 @@
-"""The loop on a tiny model: resume, processes, the mixture's batches, and the silent prompts."""
+"""The loop on a tiny model: resume, processes, rates, and the mixture's batches."""
 
 import os
 import signal
@@ -6,58 +6,29 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
+from pretraining_toy import SHARES, make_tokenizer, pools, setting
 from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
 from trainer.pretraining.loading import source, usual_loaders
-from trainer.pretraining.losses import Auxiliary, batch_loss
+from trainer.pretraining.losses import Auxiliary, Result, batch_loss
 from trainer.pretraining.mixture import Batch, Mixture
-from trainer.pretraining.model import new_model, save_backbone
+from trainer.pretraining.model import save_backbone
 from trainer.pretraining.parallel import Workers
-from trainer.pretraining.recipe import COLUMNS
-from trainer.pretraining.shards import Pool
 from trainer.pretraining.state import Progress
-from trainer.pretraining.train import LATER, Schedule, initial_prompts, train
-from trainer.pretraining.vocabulary import build_tokenizer, train_pieces
-from trainer.pretraining.wordings import HELD_OUT, QUESTIONS, label_words
+from trainer.pretraining.train import FIRST, LATER, Schedule, make_optimizer, train
+from trainer.pretraining.wordings import HELD_OUT, QUESTIONS
 from trainer.t5 import FrozenT5
-
-SHARES = {k: v for k, v in LATER.items() if k != "distil"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return build_tokenizer(train_pieces(["the film was great"] * 9, 330, label_words()))
-
-
-def pools(size: int = 120) -> dict[str, Pool]:
-    rng = np.random.default_rng(0)
-    found = {}
-    for name in ("reviews", "windows"):
-        lengths = rng.integers(6, 50, size)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = rng.integers(110, 300, offsets[-1]).astype(np.uint16)
-        columns = {c: np.full(size, -1, np.int8) for c in COLUMNS}
-        if name == "reviews":
-            columns["polarity"] = rng.integers(0, 2, size).astype(np.int8)
-            columns["tone"] = rng.integers(0, 3, size).astype(np.int8)
-            columns["star"] = rng.integers(0, 5, size).astype(np.int8)
-        found[name] = Pool(name, tokens, offsets, columns)
-    return found
-
-
-def setting(tokenizer: Tokenizer) -> tuple[FrozenT5, Auxiliary, Mixture]:
-    mixture = Mixture(pools(), tokenizer, 200, seed=3)
-    model = new_model(tokenizer.get_vocab_size(), width=32, layers=2, decoder_layers=1, heads=4,
-                      feed_forward=64, deviation=0.05, seed=0)  # fmt: skip
-    words = sorted({mixture.asker.ids(w)[0] for w in label_words()})
-    prompts = initial_prompts(mixture.tasks, mixture.asker.ids, model.shared.weight, 100, 0)
-    return (FrozenT5(model, trainable=True), Auxiliary(prompts, 32, torch.tensor(words)), mixture)
+    return make_tokenizer()
 
 
 SCHEDULE = Schedule(rate=1e-3, steps=8, warmup=2, fresh_warmup=2)
@@ -168,6 +139,74 @@ def test_a_short_run_is_not_all_warm_up() -> None:
     assert Schedule(minutes=5).factor(Progress(step=74), 150) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(
+    ("done", "shares"), [(0.0, FIRST), (0.29, FIRST), (0.3, LATER), (1, LATER)]
+)
+def test_the_mixture_changes_when_the_first_share_of_a_run_is_over(
+    done: float, shares: dict[str, float]
+) -> None:
+    schedule = Schedule(first=0.3)
+    assert schedule.shares(done) == shares
+    without = replace(schedule, without=("distil", "full")).shares(done)
+    assert without == {kind: shares[kind] for kind in ("words", "prefix", "span")}
+    assert FIRST["distil"] > 0.4 > 0.1 > LATER["distil"]  # the teacher first, then questions
+
+
+def test_each_part_of_the_model_has_its_rate(tokenizer: Tokenizer) -> None:
+    t5, auxiliary, _ = setting(tokenizer)
+    schedule = Schedule(rate=1e-3, fresh=7.0, prompt=0.5, warmup=30, fresh_warmup=4)
+    groups = make_optimizer(t5, auxiliary, schedule).param_groups
+    names = {id(p): n for n, p in [*t5.model.named_parameters(), *auxiliary.named_parameters()]}
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(names)
+    want = {  # rate, steps of warm-up, weight decay
+        "shared": (1e-3, 30, 0.0), "encoder": (1e-3, 30, 0.01), "decoder": (7e-3, 4, 0.01),
+        "heads": (7e-3, 4, 0.0), "prompts": (0.5, 30, 0.0),
+    }  # fmt: skip
+    for name, group in found.items():
+        figures = (group["peak"], group["warmup"], group["weight_decay"])
+        assert figures == pytest.approx(want[name.split(".")[0]]), name
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_the_gradient_of_each_part_is_cut_to_the_largest_norm(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float
+) -> None:
+    norms: list[float] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                norms.append(float(torch.cat([p.grad.ravel() for p in group["params"]]).norm()))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    t5, auxiliary, mixture = setting(tokenizer)
+    train(t5, auxiliary, mixture, None, replace(SCHEDULE, clip=clip, without=("span",)), tmp_path,
+          stop_after=1)  # fmt: skip
+    moved = [norm for norm in norms if norm]  # the bank is left alone by a batch without prompts
+    assert len(norms) == 5 and len(moved) >= 4
+    if clip < 1:
+        assert moved == pytest.approx([clip] * len(moved), rel=2e-3)
+    else:
+        assert min(moved) > 1e-3
+
+
+def test_the_teacher_counts_half_once_the_first_share_of_a_run_is_over(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watched(t5: FrozenT5, auxiliary: Auxiliary, batch: Batch, teacher: None,
+                aux_weight: float, distil_weight: float) -> Result:  # fmt: skip
+        seen.append((aux_weight, distil_weight))
+        return batch_loss(t5, auxiliary, batch, teacher, aux_weight, distil_weight)
+
+    monkeypatch.setattr("trainer.pretraining.train.batch_loss", watched)
+    schedule = replace(SCHEDULE, steps=4, first=0.5, aux_weight=0.7, distil_weight=5.0)
+    train(*setting(tokenizer), None, schedule, tmp_path)
+    assert seen == [(0.7, 5.0)] * 2 + [(0.7, 2.5)] * 2
+
+
 def test_spans_come_with_questions_only_where_questions_are_asked(tokenizer: Tokenizer) -> None:
     *_, mixture = setting(tokenizer)
 
@@ -197,68 +236,6 @@ def test_held_out_wordings_are_never_asked(tokenizer: Tokenizer) -> None:
     trained = {w for q in QUESTIONS for w, _ in q.fixed} | {w for q in QUESTIONS for w in q.listing}
     assert len(HELD_OUT) >= 3
     assert not trained & {w for w, _ in HELD_OUT}
-
-
-def test_silent_prompts_do_not_touch_the_bank(tokenizer: Tokenizer) -> None:
-    t5, auxiliary, mixture = setting(tokenizer)
-    batch = next(b for b in (mixture.batch(s, {"prefix": 1.0}) for s in range(99))
-                 if (b.tasks < 0).any() and (b.tasks >= 0).any())  # fmt: skip
-    batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).loss.backward()
-    touched = set(auxiliary.prompts.grad.abs().sum((1, 2)).nonzero()[:, 0].tolist())
-    assert touched == set(batch.tasks[batch.tasks >= 0].tolist())
-
-
-def plain_logits(t5: FrozenT5, batch: Batch) -> torch.Tensor:
-    """transformers' own logits [B, V] where the answer stands."""
-    start = torch.tensor([[0, 3]]).expand(len(batch.ids), -1)
-    return t5.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                    decoder_input_ids=start).logits[:, -1]  # fmt: skip
-
-
-def test_loss_of_a_restricted_row_is_the_softmax_over_its_words(tokenizer: Tokenizer) -> None:
-    t5, auxiliary, mixture = setting(tokenizer)
-    batch = mixture.batch(0, {"words": 1.0})
-    batch.restricted = torch.ones(len(batch.ids), dtype=torch.bool)
-    with torch.no_grad():
-        found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
-        logits = plain_logits(t5, batch)
-    plain = []
-    for row, words, c in zip(logits, batch.words, batch.classes, strict=True):
-        own = torch.tensor([row[w] for w in words if w >= 0])
-        plain.append(float(-own.log_softmax(0)[c]))
-    assert found == pytest.approx(np.mean(plain), rel=1e-4)
-
-
-def test_a_judges_degrees_are_what_is_answered(tokenizer: Tokenizer) -> None:
-    known = pools()
-    degrees = np.random.default_rng(1).dirichlet(np.ones(5), len(known["reviews"]))
-    known["reviews"].degrees = np.round(255 * degrees).astype(np.uint8)
-    mixture = Mixture(known, tokenizer, 200, seed=3)
-    t5, auxiliary, _ = setting(tokenizer)
-    batch = mixture.batch(0, {"words": 1.0})
-    judged = [c in ("polarity", "tone", "star") for c in batch.columns]
-    assert any(judged)
-    rounded = known["reviews"].degrees / 255
-    low, middle, high = rounded[:, :2].sum(1), rounded[:, 2], rounded[:, 3:].sum(1)
-    possible = {"polarity": np.stack([low + middle / 2, high + middle / 2], 1),
-                "tone": np.stack([low, middle, high], 1), "star": rounded}  # fmt: skip
-    for column, target in zip(batch.columns, batch.targets, strict=True):
-        if column in possible:
-            table = possible[column] / possible[column].sum(1, keepdims=True)
-            nearest = np.abs(table - target[: table.shape[1]].numpy()).sum(1).min()
-            assert nearest < 1e-6
-    with torch.no_grad():
-        found = batch_loss(t5, auxiliary, batch, None, 0.0, 0.0).answer
-        logits = plain_logits(t5, batch)
-    plain = []
-    for row, words, target, alone in zip(
-        logits, batch.words, batch.targets, batch.restricted, strict=True
-    ):
-        ids = [int(w) for w in words if w >= 0]
-        among = ids if alone else auxiliary.candidates.tolist()
-        total = torch.logsumexp(row[among], 0)
-        plain.append(-sum(float(t * (row[w] - total)) for w, t in zip(ids, target, strict=False)))
-    assert found == pytest.approx(np.mean(plain), rel=1e-4)
 
 
 def test_saved_folder_is_an_ordinary_t5(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -165,6 +165,30 @@ def test_deep_prompt_round_trip(backbone: Backbone, tmp_path: Path) -> None:
         initial_params(backbone, str(tmp_path / "p"), "prefix", 4, 0)
 
 
+def test_a_random_prompt_is_as_large_as_the_embeddings(tiny_t5: Path) -> None:
+    backbone = load_backbone(str(tiny_t5))
+    with torch.no_grad():
+        backbone.t5.model.shared.weight.mul_(0.03)  # T5's own are of about 1
+    value = initial_params(backbone, "random", "full", 500, 0)["prompt_embeddings"].detach()
+    want = float(backbone.t5.model.shared.weight.std())
+    assert value.shape == (500, 32)
+    assert float(value.std()) == pytest.approx(want, rel=0.03)
+    assert abs(float(value.mean())) < 0.03 * want
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(7, {1}), (20, {2, 3})])
+def test_a_prompt_of_the_vocabulary_is_of_its_most_common_pieces(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tokens: int, times: set[int]
+) -> None:
+    """Each of them before any comes twice; <pad>, </s> and <unk> are no words."""
+    monkeypatch.setattr("trainer.initial._COMMON", 7)
+    value = initial_params(backbone, "vocab", "full", tokens, 3)["prompt_embeddings"].detach()
+    weight = backbone.t5.model.shared.weight
+    ids = [int((weight == row).all(1).nonzero()) for row in value]
+    assert sorted(set(ids)) == list(range(3, 10))
+    assert {ids.count(piece) for piece in set(ids)} == times
+
+
 def test_wrong_number_of_rows_is_refused(prompt: Prompt, tmp_path: Path) -> None:
     save_prompt(prompt, tmp_path / "p")
     save_file({"prompt_embeddings": torch.zeros(7, 32)}, tmp_path / "p/adapter_model.safetensors")

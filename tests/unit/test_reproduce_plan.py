@@ -49,6 +49,15 @@ def test_table1_has_every_row_task_and_seed_once() -> None:
     }  # fmt: skip
 
 
+def test_full_tuning_has_a_rate_of_its_own() -> None:
+    config = ReproduceConfig(
+        what="table1", methods=["ft", "pt", "ppt"], tasks=["sst2"], seeds=[1], rate=0.02,
+        ft_rate=0.0004,
+    )  # fmt: skip
+    rates = {run.row: run.settings["rate"] for run in make_plan(config, FACTS)}
+    assert rates == {"FT": 0.0004, "PT (random start)": 0.02, "PPT": 0.02}
+
+
 def test_table2_and_figures_share_the_runs_of_table1() -> None:
     first = set(hashes(ReproduceConfig(what="table1")))
     second = ReproduceConfig(what="table2")

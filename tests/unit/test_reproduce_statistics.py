@@ -69,6 +69,20 @@ def grid_of(
     return make_grid(what, plan, done, modes)
 
 
+def test_a_mean_over_tasks_has_the_runs_that_all_of_them_have() -> None:
+    values = {
+        ("PT", "full", "sst2", 0, 1): 50.0, ("PT", "full", "sst2", 0, 2): 54.0,
+        ("PT", "full", "sst2", 0, 3): 52.0, ("PT", "full", "sst5", 0, 1): 30.0,
+        ("PT", "full", "sst5", 0, 2): 34.0, ("FT", "full", "sst2", 0, 1): 70.0,
+    }  # fmt: skip
+    grid = grid_of("table1", values, ["full"])
+    found = grid.mean("PT")
+    assert found is not None and found.count == 2
+    assert found.mean == pytest.approx((52 + 32) / 2)
+    assert found.deviation == pytest.approx((2 + np.sqrt(8)) / 2)
+    assert grid.mean("FT") is None  # a task is missing
+
+
 def figure2(tasks: list[str], sizes: list[int]) -> dict[tuple[str, str, str, int, int], float]:
     """MetaPT about a point above PPT, with noise, for two seeds."""
     noise = np.random.default_rng(0)

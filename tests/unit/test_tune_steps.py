@@ -20,7 +20,7 @@ from trainer import tune as tune_module
 from trainer.backbone import load_backbone
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples
-from trainer.loop import RunOptions
+from trainer.loop import RunOptions, Score
 from trainer.readout import compile_template, encode_texts
 from trainer.tasks import make_task
 
@@ -79,8 +79,71 @@ def test_a_step_takes_batch_times_accumulation_samples(
     order = [row for chosen in taken for row in chosen]
     for epoch in range(4):
         assert sorted(order[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    steps = [line["step"] for line in loop.state.metrics if "validation_loss" in line]
-    assert steps == [0, 2, 4, 6, 7]
+    lines = [line for line in loop.state.metrics if "validation_loss" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 7]
+    # A warm-up of twenty steps is cut to half the run, three; then linear to zero after the last.
+    shares = [1 / 3, 2 / 3, 1, 2 / 4, 1 / 4]
+    assert [line["rate"] for line in lines] == pytest.approx([3e-3 * share for share in shares])
+
+
+def film(rows: int = 4) -> tuple[Any, Examples]:
+    """A task and so many texts of it."""
+    task = make_task("film", ("no", "yes"), ("bad", "good"))
+    texts = [f"the film {i} was {'good' if i % 2 else 'bad'}" for i in range(rows)]
+    return task, Examples(texts, np.arange(rows) % 2, ("no", "yes"))
+
+
+def test_full_tuning_ends_with_the_weights_of_the_best_evaluation(
+    tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those of its last step."""
+    scores = iter([(0.5, 1.0), (0.6, 0.9), (0.9, 0.4), (0.7, 0.3), (0.8, 0.2)])
+    backbone = load_backbone(str(tiny_t5), trainable=True)
+    model = backbone.t5.model
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Scripted(finetune_module.Loop):
+        def __init__(self, params: Any, gradient: Any, evaluate: Any, *rest: Any):
+            def scripted() -> Score:
+                seen.append({name: value.clone() for name, value in model.state_dict().items()})
+                return Score(*next(scores))
+
+            super().__init__(params, gradient, scripted, *rest)
+
+    monkeypatch.setattr(finetune_module, "Loop", Scripted)
+    config = FinetuneConfig(out="", batch=4, accumulation=1, epochs=4, warmup=0, rate=1e-2)
+    task, examples = film()
+    loop = finetune_module.finetune(
+        backbone, task, examples, examples, config, RunOptions(quiet=True)
+    )
+    assert (loop.state.step, loop.state.best_step, len(seen)) == (4, 2, 5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, seen[2][name]), name
+    assert all(
+        (seen[2]["shared.weight"] != seen[step]["shared.weight"]).any() for step in (0, 1, 3, 4)
+    )
+
+
+def test_weight_decay_shrinks_a_prompt_by_its_share_of_the_rate(
+    tiny_t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's is decoupled: without a gradient a step leaves 1 - rate x decay of each number."""
+
+    def gradient(scorer: Any, params: Any, *_: Any) -> dict[str, float]:
+        params["prompt_embeddings"].grad = torch.zeros_like(params["prompt_embeddings"])
+        return {"loss": 1.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(tune_module, "prompt_gradient", gradient)
+    flags = {"batch": 4, "accumulation": 1, "epochs": 2, "warmup": 0, "rate": 0.1}
+    config = TuneConfig(out="", weight_decay=2.0, **flags)
+    start = torch.linspace(-1, 1, 64).view(2, 32)
+    task, examples = film()
+    tuned = tune_module.tune(
+        load_backbone(str(tiny_t5)), task, examples, examples, config, RunOptions(quiet=True),
+        params={"prompt_embeddings": start.clone().requires_grad_()},
+    )  # fmt: skip
+    found = tuned.loop.params["prompt_embeddings"].detach()
+    torch.testing.assert_close(found, start * 0.8 * 0.9)  # the second step's rate is half
 
 
 @pytest.mark.parametrize("template", ["{text} It was <extra_id_0>.", "film: {text} <extra_id_0> !"])

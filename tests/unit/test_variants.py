@@ -232,8 +232,13 @@ def test_the_query_loss_at_each_inner_rate_is_the_loops(
 
 
 def test_an_inner_rate_of_0_is_searched_for(tiny_t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {0.1: 1.5, 3.0: 1.2, 10.0: 1.4}
-    monkeypatch.setattr("trainer.source.query_losses", lambda *_: losses)
+    searched: list[int] = []
+
+    def measured(scorer: Scorer, params: Params, batches: list[Any]) -> dict[float, float]:
+        searched.append(len(batches))
+        return {0.1: 1.5, 3.0: 1.2, 10.0: 1.4}
+
+    monkeypatch.setattr("trainer.source.query_losses", measured)
     data = SourceData(["film", "bad", "plot"] * 40, np.arange(120) % 3, np.arange(120) % 2, 3)
     config = MetaConfig(
         data="", out="", mode="prefix", prompt_tokens=3, steps=1, samples=2, inner_rate=0.0
@@ -242,6 +247,7 @@ def test_an_inner_rate_of_0_is_searched_for(tiny_t5: Path, monkeypatch: pytest.M
     line = meta_train(own, data, config, QUIET).state.metrics[0]
     given = meta_train(own, data, replace(config, inner_rate=3.0), QUIET).state.metrics[0]
     assert line == given and line["inner_rate"] == 3.0 and line["inner_step"] > 0
+    assert searched == [4]  # half of the validation episodes, and none where a rate is given
 
 
 def test_packing_is_undone_by_unpacking() -> None:
