@@ -33,7 +33,7 @@ lint: $(VENV)/ready
 $(VENV)/triton: | $(VENV)/ready
 	@$(BIN)/python -m venv $@ && $@/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps "nvidia-pytriton~=0.7.0" "numpy<2" onnxruntime tokenizers \
-		|| echo "Triton's server is not to be had here: its test will be skipped"
+		|| { rm -rf $@; echo "Triton's server is not to be had here: its test will be skipped"; }
 
 # Two halves side by side, a core each: torch's threads would take the other half's core and wait
 # for it. The integration tests report when both are done.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import trainer
 from serve.bundle import VERSION
 from serve.errors import Failure
 from serve.files import read_json, sha256
+from trainer.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,7 @@ _LAYOUT = "2"  # of what demo.first makes; another number makes every cached bun
 
 def cached() -> Path:
     """The folder of first starts: `$METAPT_CACHE/demo`, or `~/.cache/metapt/demo`."""
-    chosen = os.environ.get("METAPT_CACHE")
-    base = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "metapt"
-    return base / "demo"
+    return cache_folder() / "demo"
 
 
 def shipped(backbone: Path = MINI) -> Path:

@@ -102,6 +102,7 @@ class Room:
         self._visitors: dict[str, Visitor] = {}
         self._lock = threading.Lock()
         self._variants: dict[str, dict[str, str]] = {}
+        self._making: dict[str, threading.Lock] = {}
 
     # ---- names -------------------------------------------------------------------------------
 
@@ -303,11 +304,13 @@ class Room:
         """
         key = self.key(session, name)
         own = self._peek(session)
-        with self._lock:
-            if key not in self._variants and name not in own:
-                self._variants[key] = self._make_variants(key)
         if name in own:
             return {"tuned": key, **own[name].variants}
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:  # runs a graph: who asks for another task need not wait
+            if key not in self._variants:
+                self._variants[key] = self._make_variants(key)
         return self._variants[key]
 
     def _make_variants(self, key: str) -> dict[str, str]:

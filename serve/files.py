@@ -53,17 +53,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; rename it to `path` when the block ends well.
 
     Args:
         path: where the folder shall stand; a symbolic link stays, and what it leads to is replaced.
-        replace: whether an existing folder is replaced. POSIX cannot swap two folders in one
-            step, so the old one is moved aside first and removed last: a kill between the two
-            leaves both whole beside `path`, under hidden names that hold its own.
+            POSIX cannot swap two folders in one step, so an old one is moved aside first and
+            removed last: a kill between the two leaves both whole beside `path`, under hidden
+            names that hold its own.
 
     Raises:
-        UserError: `path` exists and `replace` is false, or it is a file, or "." or "..".
+        UserError: `path` is a file, or "." or "..".
     """
     path = Path(path)
     if path.is_symlink():
@@ -72,8 +72,6 @@ def atomic_folder(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
         raise UserError(
             f"{path} is a file, but a folder is to be written there: pass another --out"
         )
-    if path.exists() and not replace:
-        raise UserError(f"{path} exists already: remove it, or pass another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path)
     temporary.mkdir()

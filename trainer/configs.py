@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from serve.cli import option
 from trainer.options import MOST_RATE, BackboneOptions, PromptOptions, TaskOptions
-from trainer.tasks import DEFAULT_TEMPLATE
+from trainer.tasks import TEMPLATE
 
 if TYPE_CHECKING:
     from trainer.loop import Schedule
@@ -30,7 +30,7 @@ class SourceOptions(PromptOptions):
     words: list[str] = option(
         [], help="label word of each class (default for numbers and sentiment scales: bad good ...)"
     )
-    template: str = option(DEFAULT_TEMPLATE, help="what the model reads")
+    template: str = option(TEMPLATE, help="what the model reads")
     steps: int = option(20_000, help="outer steps at most (A.3)", minimum=1)
     evaluate_every: int = option(500, help="steps between evaluations (A.3)", minimum=1)
     patience: int = option(6, help="evaluations without a better loss or accuracy (A.3)", minimum=1)

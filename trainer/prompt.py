@@ -25,7 +25,7 @@ from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
-from trainer.tasks import DEFAULT_TEMPLATE
+from trainer.tasks import TEMPLATE
 from trainer.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -50,7 +50,7 @@ class TaskRecord:
     name: str = "task"
     labels: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
-    template: str = DEFAULT_TEMPLATE
+    template: str = TEMPLATE
     mode: str = "prefix"
     backbone: str = ""
     backbone_sha256: str | None = None

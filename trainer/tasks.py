@@ -24,7 +24,6 @@ from serve.errors import UserError
 
 TEMPLATE = "{text} It was <extra_id_0>."  # appendix of the paper; PPT uses the same
 
-DEFAULT_TEMPLATE = "{text} It was <extra_id_0>."
 TWO_WORDS = ("bad", "good")
 THREE_WORDS = ("bad", "okay", "good")
 FIVE_WORDS = ("terrible", "bad", "okay", "good", "great")

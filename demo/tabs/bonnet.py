@@ -26,7 +26,7 @@ _CURVES = {
 
 _METHODS = {
     "tune": "tuned on samples", "metapt": "MetaPT, a start", "ppt": "PPT, a start",
-    "shipped": "trained with the backbone", "start": "trained with the backbone, a start",
+    "shipped": "trained with the backbone", "start": "common words, untrained",
 }  # fmt: skip
 _TASKS = ["Prompt", "Made by", "Labels", "Label words", "Size", "Validation accuracy"]
 _WORDS = ["Prompt token", "Nearest words (cosine)"]

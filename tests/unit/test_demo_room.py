@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,28 @@ def test_teaching_a_name_again_replaces_the_task(room: Room) -> None:
     teach(room, "ada", "side", seed=9)
     assert room.names("ada") == ["film", "food", "side"]
     assert abs(room.classify("ada", [TEXT], "side").results[0].score - first) > 1e-4
+
+
+def test_nobody_waits_for_the_variants_of_a_task(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, made = threading.Event(), threading.Event(), []
+    make = room._make_variants
+
+    def slowly(key: str) -> dict[str, str]:
+        begun.set()
+        assert go_on.wait(10)
+        made.append(key)
+        return make(key)
+
+    monkeypatch.setattr(room, "_make_variants", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(room.variants, who, "film") for who in ("ada", "bob")]
+        assert begun.wait(10)
+        assert pool.submit(room.key, "eve", "food").result(timeout=5) == "food"
+        go_on.set()
+        first, second = (future.result(timeout=10) for future in asked)
+    assert first == second and made == ["film"]  # made once, for both
 
 
 def test_variants_that_a_later_lesson_has_not_go(room: Room) -> None:

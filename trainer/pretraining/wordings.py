@@ -11,11 +11,11 @@ meaning or the mapping said in the wording counts), and none.
 
 from dataclasses import dataclass
 
+from trainer.tasks import TEMPLATE
+
 SENTINEL = "<extra_id_0>"
-TEMPLATE = "{text} It was <extra_id_0>."  # the toolkit's own read-out template
 
 OPINIONS = ("polarity", "tone", "star")  # label columns
-NEUTRAL_NAMES = (("a", "b"), ("one", "two"), ("left", "right"), ("red", "blue"), ("no", "yes"))
 
 
 @dataclass(frozen=True)

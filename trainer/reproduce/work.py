@@ -30,7 +30,7 @@ from trainer.source import (
     source_prompt,
     source_words,
 )  # fmt: skip
-from trainer.tasks import DEFAULT_TEMPLATE, Task, get_task
+from trainer.tasks import Task, get_task
 from trainer.tune import tune
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _run_prompt(
 def _record(task: Task, mode: str, max_tokens: int) -> TaskRecord:
     return TaskRecord(
         name=task.name, labels=list(task.labels), words=list(task.words),
-        template=task.template or DEFAULT_TEMPLATE, mode=mode, max_tokens=max_tokens,
+        template=task.template, mode=mode, max_tokens=max_tokens,
     )  # fmt: skip
 
 
