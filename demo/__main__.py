@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from serve.cli import Command, option, prepare, run
 from serve.errors import Failure, UserError, install
+from serve.options import MOST_THREADS
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class DemoConfig:
     )
     precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
     threads: int | None = option(
-        None, help="threads; default: the physical cores", minimum=1, maximum=1024
+        None, help="threads; default: the physical cores", minimum=1, maximum=MOST_THREADS
     )
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     port: int | None = option(

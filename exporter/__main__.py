@@ -13,6 +13,7 @@ from exporter import edit
 from serve.bundle import list_tasks, remove_task
 from serve.cli import Command, main, option
 from serve.errors import UserError
+from serve.options import MOST_THREADS
 
 log = logging.getLogger("exporter")
 
@@ -105,7 +106,7 @@ class TritonConfig:
     instances: int = option(1, help="batches at the same time, for each GPU if there are several",
                             minimum=1)  # fmt: skip
     threads: int | None = option(
-        None, minimum=1, maximum=1024,
+        None, minimum=1, maximum=MOST_THREADS,
         help="threads of an instance on a CPU; default: this machine's cores",
     )  # fmt: skip
     max_batch: int = option(32, help="texts of a batch", minimum=1)

@@ -136,9 +136,9 @@ def _convert(field: dataclasses.Field[Any], kind: type, value: Any, flag: str) -
     if isinstance(result, float) and not math.isfinite(result):
         raise UserError(f"{flag} takes a finite number, not {value!r}")
     if low is not None and result < low:
-        raise UserError(f"{flag} must be at least {_plain_number(low)}, not {value}")
+        raise UserError(f"{flag} must be at least {low:.15g}, not {value}")
     if high is not None and result > high:
-        raise UserError(f"{flag} must be at most {_plain_number(high)}, not {value}")
+        raise UserError(f"{flag} must be at most {high:.15g}, not {value}")
     return result
 
 
@@ -185,11 +185,6 @@ def _describe(parser: argparse.ArgumentParser, config: type) -> None:
             parser.add_argument(field.name, **keywords)
         else:
             parser.add_argument(_flag(field), dest=field.name, **keywords)
-
-
-def _plain_number(bound: float) -> str:
-    """4294967295 and 0.5, where :g has 4.29497e+09."""
-    return str(int(bound)) if bound == int(bound) else str(bound)
 
 
 def build_config(config: type, values: Mapping[str, Any]) -> Any:

@@ -51,7 +51,15 @@ def is_count(value: Any, at_least: int = 1) -> bool:
 
 def is_text(value: Any) -> bool:
     """Whether `value` is a string that has a UTF-8 form, which half of a surrogate pair has not."""
-    return isinstance(value, str) and not any("\ud800" <= mark <= "\udfff" for mark in value)
+    if not isinstance(value, str):
+        return False
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_temperature(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
-from serve.task import Task
+from serve.task import Task, is_text
 
 _GENEROUS = 24  # characters looked at for each token that fits; English has about 4
 _FURTHER = 8  # times as many, for a text of which hardly anything is a token
@@ -107,10 +107,5 @@ def check_text(text: Any, where: str) -> None:
     """Raises: UserError when `text` is not a string that has a UTF-8 form."""
     if not isinstance(text, str):
         raise UserError(f"{where} is not text but {type(text).__name__}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where} holds half of a surrogate pair, which is no character"
-            ) from None
+    if not is_text(text):
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character")

@@ -121,12 +121,17 @@ class LabelledFile:
         return {"validation", "test"} <= {_marked(mark, self.path) for mark in self.marks}
 
 
+def as_format(text_column: str) -> str:
+    """--text-column as a format. A brace makes one of it; any other name, "reviews.text" too, is a
+    column's as it stands."""
+    return text_column if "{" in text_column else "{" + text_column + "}"
+
+
 def read_file(
     path: str | Path, text_column: str = "text", label_column: str = "label", *, marks: bool = True
 ) -> LabelledFile:
     """Read a local file's texts, labels and (unless told not to) marks; see `load_examples`."""
-    # A brace makes a format of it; any other name, "reviews.text" too, is a column's as it stands.
-    text_format = text_column if "{" in text_column else "{" + text_column + "}"
+    text_format = as_format(text_column)
     columns = format_columns(text_format)
     wanted = [*columns, label_column]
     rows: list[Row] = []

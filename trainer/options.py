@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
-from trainer.data import Examples, LabelledFile, load_task, read_file
+from trainer.data import Examples, LabelledFile, as_format, load_task, read_file
 from trainer.runs import RUN_FILE
 from trainer.tasks import Task, get_task, make_task
 
@@ -135,9 +135,9 @@ class TaskOptions:
     def _files(self) -> dict[str, LabelledFile]:
         return {}
 
-    def _read(self, text_format: str) -> LabelledFile:
+    def _read(self, text_column: str) -> LabelledFile:
         """--data, which is read once for all that is asked about it."""
-        text_format = text_format if "{" in text_format else "{" + text_format + "}"
+        text_format = as_format(text_column)
         if text_format not in self._files:
             assert self.data is not None
             self._files[text_format] = read_file(self.data, text_format, self.label_column)

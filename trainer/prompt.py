@@ -23,6 +23,7 @@ import torch
 
 from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
+from serve.task import is_count
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
 from trainer.tasks import TEMPLATE
@@ -230,9 +231,6 @@ def _check_fields(value: dict[str, Any], path: Path) -> None:
     def texts(found: Any) -> bool:
         return isinstance(found, list) and all(map(text, found))
 
-    def whole(found: Any, least: int) -> bool:
-        return isinstance(found, int) and not isinstance(found, bool) and found >= least
-
     def positive(found: Any) -> bool:
         number = isinstance(found, int | float) and not isinstance(found, bool)
         return number and 0 < found < math.inf
@@ -241,9 +239,9 @@ def _check_fields(value: dict[str, Any], path: Path) -> None:
         **dict.fromkeys(("name", "template", "mode", "backbone", "method"), (text, "a text")),
         **dict.fromkeys(("labels", "words"), (texts, "a list of texts")),
         "backbone_sha256": (lambda found: found is None or text(found), "a text or null"),
-        "max_tokens": (lambda found: whole(found, 1), "a whole number of at least 1"),
+        "max_tokens": (is_count, "a whole number of at least 1"),
         "temperature": (positive, "a number above 0"),
-        "seed": (lambda found: found is None or whole(found, 0), "a whole number or null"),
+        "seed": (lambda found: found is None or is_count(found, 0), "a whole number or null"),
         "figures": (lambda found: isinstance(found, dict), "an object of figures"),
     }
     for name, (fits, what) in kinds.items():
