@@ -37,7 +37,10 @@ from typing import Any
 from serve.errors import Failure, UserError, explain_os_error, install
 from serve.files import read_json
 
-_NOISY = ("httpx", "urllib3", "filelock", "sentence_transformers", "transformers", "matplotlib")
+_NOISY = (
+    "httpx", "urllib3", "filelock", "sentence_transformers", "transformers", "matplotlib",
+    "aiobotocore", "botocore",
+)  # fmt: skip
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import UserError
-from serve.files import read_json
+from serve.errors import Failure, UserError
 from trainer.remote import Source, is_url, open_binary
-from trainer.tables import kind_of
+from trainer.tables import kind_of, shards_of
 from trainer.tasks import (
     FIVE_LABELS,
     FIVE_STARS,
@@ -91,32 +90,47 @@ def class_names(path: Source) -> list[str] | None:
     """What `label` and `cluster` say that the class indices in their Parquet files are called.
 
     It stands in the file's metadata, or in the record of the run: `X.run.json` beside `X.parquet`,
-    `_run.json` in a folder of shards.
+    `_run.json` in a folder of shards, which may also hold files that say it themselves.
 
     Returns:
         The C names; None where there are none, or where they are numbers themselves, which as
         values of a column would be taken for names.
     """
+    path = path if is_url(path) else Path(path)
+    if shards := shards_of(path):
+        names = _recorded(f"{path}/_run.json") or _named_inside(shards[0])
+    elif kind_of(path) == ".parquet":
+        names = _named_inside(path) or _recorded(str(path).removesuffix(".parquet") + ".run.json")
+    else:
+        names = []
+    return None if any(as_index(name) is not None for name in names) else names or None
+
+
+def _named_inside(path: Source) -> list[str]:
+    """The class names in a Parquet file's metadata."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    path = path if is_url(path) else Path(path)
-    names: list[str] = []
-    if kind_of(path) == ".parquet":
-        try:
-            with open_binary(path) as raw:
-                metadata = parquet.read_schema(raw).metadata or {}
-        except (arrow.ArrowInvalid, OSError):
-            return None  # whoever reads the rows says what is wrong with the file
-        names = json.loads(metadata.get(_CLASS_NAMES, b"[]"))
-        beside = Path(path).with_suffix(".run.json")
-    else:
-        beside = Path(path) / "_run.json"
-    if not names and not is_url(path) and beside.is_file():
-        record = read_json(beside)
-        if isinstance(record, dict) and record.get("command") in ("label", "cluster"):
-            names = record.get("labels", [])
-    return None if any(as_index(name) is not None for name in names) else names or None
+    try:
+        with open_binary(path) as raw:
+            metadata = parquet.read_schema(raw).metadata or {}
+    except (arrow.ArrowInvalid, OSError):
+        return []  # whoever reads the rows says what is wrong with the file
+    return json.loads(metadata.get(_CLASS_NAMES, b"[]"))
+
+
+def _recorded(path: str) -> list[str]:
+    """The class names in the record of a run, if it is there and is one of these commands'."""
+    try:
+        with open_binary(path if is_url(path) else Path(path)) as raw:
+            record = json.loads(raw.read())
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise Failure(f"{path} is not valid JSON ({error}): it is damaged, make it again") from None
+    if isinstance(record, dict) and record.get("command") in ("label", "cluster"):
+        return record.get("labels", [])
+    return []
 
 
 def _check_there(value: Any, place: str) -> None:

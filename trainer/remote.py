@@ -6,10 +6,12 @@ A local file is a `Path`, one that lies elsewhere a `str` with `://` in it; both
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 
 Source = Path | str
 
@@ -35,6 +37,25 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
         raise UserError(f"{flag} {url}: {error}: check the address") from None
 
 
+@contextmanager
+def reached(url: str, flag: str) -> Iterator[None]:
+    """What a store raises while it is asked is one line of advice; stores have errors of their own.
+
+    Raises:
+        Failure: the store did not answer, or not as it should.
+    """
+    try:
+        yield
+    except (UserError, Failure, FileNotFoundError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Failure(
+            f"{flag} {url} could not be reached ({reason[0]}): check the address, the network and "
+            "the credentials"
+        ) from error
+
+
 def expand(url: str, flag: str) -> list[str]:
     """The addresses that a folder, a glob or a single address stands for, sorted.
 
@@ -42,14 +63,15 @@ def expand(url: str, flag: str) -> list[str]:
         UserError: see `file_system`; nothing is there.
     """
     system, path = file_system(url, flag)
-    if any(mark in path for mark in "*?["):
-        found = system.glob(path)
-    elif not system.exists(path):
-        found = []
-    elif system.isdir(path):
-        found = system.find(path)
-    else:
-        found = [path]
+    with reached(url, flag):
+        if any(mark in path for mark in "*?["):
+            found = system.glob(path)
+        elif not system.exists(path):
+            found = []
+        elif system.isdir(path):
+            found = system.find(path)
+        else:
+            found = [path]
     if not found:
         raise UserError(f"{flag} {url} does not exist, nor matches a file")
     return sorted(system.unstrip_protocol(name) for name in found)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from serve.errors import Failure, UserError
-from trainer.remote import Source, is_url, open_binary, size_of
+from trainer.remote import Source, expand, is_url, name_of, open_binary, size_of
 
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the flat memory
@@ -51,11 +51,13 @@ def _unpacked(path: Source, raw: IO[bytes]) -> IO[bytes]:
     return opener(raw, "rb") if opener else raw
 
 
-def shards_of(path: Source) -> list[Path]:
-    """The Parquet files of a folder, sorted by name; none if it is no folder."""
-    if is_url(path) or not Path(path).is_dir():
-        return []
-    return sorted(Path(path).glob("*.parquet"))
+def shards_of(path: Source, flag: str = "--data") -> list[Source]:
+    """The Parquet files of a folder or of an address without a suffix, sorted by name; none if it
+    is neither."""
+    if is_url(path):
+        there = [] if kind_of(path) else expand(str(path), flag)
+        return [name for name in there if kind_of(name) == ".parquet"]
+    return sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else []
 
 
 def check_source(source: Source, flag: str = "--data") -> Source:
@@ -289,12 +291,12 @@ def iterate_rows(
             that is not UTF-8.
         Failure: a damaged file.
     """
-    if shards := shards_of(path):
+    if shards := shards_of(path, flag):
         for shard in shards:
             for place, row in iterate_rows(
                 shard, columns, keep_all=keep_all, flag=flag, advice=advice, advance=advance
             ):
-                yield f"{shard.name}, {place}", row
+                yield f"{name_of(shard)}, {place}", row
         return
     path = check_source(path, flag)
     kind = kind_of(path)

@@ -162,6 +162,14 @@ def test_a_judge_is_trained_once_labels_the_sentences_and_is_the_teacher(
     assert load_backbone(str(tmp_path / "tiny")).t5.width == 32
     other = backbone(data, tmp_path, "--steps", "3", "--resume", *flags[:2])
     assert other.returncode == 2 and "prepared with another judge" in other.stderr
+    # A teacher from which nothing is learned may be of another geometry.
+    small = (*flags, "--no-convert", "--width", "16", "--layers", "1", "--steps", "1",
+             "--workers", "1", "--out", str(tmp_path / "small"))  # fmt: skip
+    refused = backbone(data, tmp_path, *small)
+    assert refused.returncode == 2 and "pass --width 32" in refused.stderr
+    done = backbone(data, tmp_path, *small, "--without", "distil")
+    assert done.returncode == 0, done.stderr
+    assert load_backbone(str(tmp_path / "small")).t5.width == 16
     # A backbone has a say in the verdicts; which one it was is remembered.
     votes = ("--voters", str(tmp_path / "tiny"))
     alone = backbone(data, tmp_path, "--prepare", *flags[:2], *votes)

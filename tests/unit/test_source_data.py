@@ -10,7 +10,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 from trainer.cluster import ClusterConfig, run_cluster
 from trainer.labels import class_metadata, class_names, class_order, scale_order
 from trainer.source import (
@@ -147,6 +147,18 @@ def test_a_folder_of_shards_is_named_by_its_record(tmp_path: Path) -> None:
     record = {"command": "cluster", "labels": ["no", "yes"]}
     (tmp_path / "_run.json").write_text(json.dumps(record), "utf-8")
     assert read_source(str(tmp_path), clustered=True).names == ("no", "yes")
+
+
+def test_a_folder_without_a_record_is_named_by_its_first_file(tmp_path: Path) -> None:
+    table = arrow.table({"text": ["a", "b"], "label": [1, 0], "cluster": [0, 1]})
+    for name, classes in (("b", ["true", "false"]), ("a", ["no", "yes"])):
+        named = table.replace_schema_metadata(class_metadata(classes))
+        parquet.write_table(named, tmp_path / f"{name}.parquet")
+    (tmp_path / "_run.json").write_text(json.dumps({"command": "export", "labels": ["x", "y"]}))
+    assert class_names(tmp_path) == ["no", "yes"]
+    (tmp_path / "_run.json").write_text("{")
+    with pytest.raises(Failure, match=r"_run.json is not valid JSON .* damaged"):
+        class_names(tmp_path)
 
 
 def test_names_that_are_numbers_are_left_to_the_values(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from trainer.cluster import (
 from trainer.corpus import BadFiles, find_files
 from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, root_message, session
 from trainer.distributed.reading import LabelledTexts, read_files
-from trainer.distributed.shards import RECORD, Shards, staged, write_run
+from trainer.distributed.shards import RECORD, Shards, new_address, staged, write_run
 from trainer.embed import encoder_source, load_encoder
 from trainer.labels import class_codes, class_names, find_labels
 from trainer.options import result_folder
@@ -139,7 +139,9 @@ def _check(config: ClusterConfig) -> None:
         raise UserError("--limit is for one machine: leave it out, or leave --ray out")
     if config.out.endswith(".parquet"):
         raise UserError(f"--out {config.out}: --ray writes a folder of shards: leave .parquet out")
-    if not is_url(config.out):
+    if is_url(config.out):
+        new_address(config.out)
+    else:
         result_folder(config.out, RECORD)
 
 
@@ -160,7 +162,9 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
         raise UserError(f"--data {config.data} has no rows: pass files with rows")
     check_k(rows, config.k)
     # What `label` calls its classes, or else what the values are.
-    called = class_names(config.data) if config.label_column == "label" else None
+    called = None
+    if config.label_column == "label":
+        called = class_names(config.data) or class_names(files[0])
     names = called or find_labels(
         values, [f"{config.data}, a row"] * len(values), config.label_column
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from serve.errors import UserError
 from serve.files import atomic_folder
-from trainer.remote import file_system, is_url
+from trainer.remote import file_system, is_url, reached
 from trainer.runs import record
 
 logger = logging.getLogger(__name__)
@@ -53,20 +53,44 @@ def staged(out: str) -> Iterator[Place]:
         with atomic_folder(Path(out).absolute()) as folder:
             yield Place(file_system(str(folder), "--out")[0], str(folder))
         return
-    system, path = file_system(out, "--out")
-    if system.exists(path):
-        raise UserError(f"--out {out} exists already: remove it, or pass another --out")
+    system, path = new_address(out)
     staging = Place(system, f"{path.rstrip('/')}.{secrets.token_hex(4)}.partial")
     system.makedirs(staging.path, exist_ok=True)
     try:
         yield staging
-        names = sorted(system.find(staging.path), key=lambda name: name.endswith(RECORD))
+        names = sorted(files_under(staging), key=lambda name: name.endswith(RECORD))
         system.makedirs(path, exist_ok=True)
         for name in names:
             system.mv(name, f"{path}/{name.rsplit('/', 1)[-1]}")
     finally:
-        if system.exists(staging.path):
-            system.rm(staging.path, recursive=True)
+        remove_all(staging)
+
+
+def new_address(out: str) -> tuple[Any, str]:
+    """The file system behind an address at which there is nothing yet, and the path within it.
+
+    Raises:
+        UserError: something is there, or the store cannot be asked.
+    """
+    system, path = file_system(out, "--out")
+    with reached(out, "--out"):
+        if system.exists(path):
+            raise UserError(f"--out {out} exists already: remove it, or pass another --out")
+    return system, path
+
+
+def files_under(place: Place) -> list[str]:
+    """The paths of a folder's files, sorted; other machines may have written them since the last
+    listing, which the file system would repeat."""
+    place.system.invalidate_cache()
+    return sorted(place.system.find(place.path))
+
+
+def remove_all(place: Place) -> None:
+    """Remove a folder. An object store has none: the name is gone with the last file in it."""
+    place.system.invalidate_cache()
+    if place.system.exists(place.path):
+        place.system.rm(place.path, recursive=True)
 
 
 def write_run(place: Place, config: Any, **more: Any) -> None:
@@ -99,7 +123,7 @@ class Shards:
         import pyarrow.dataset as dataset
 
         table = np.zeros((clusters, classes), np.int64)
-        if not self.place.system.exists(self.place.path):
+        if not files_under(self.place):
             return table
         shards = dataset.dataset(self.place.path, filesystem=self.place.arrow, format="parquet")
         for batch in shards.to_batches(columns=["label", "cluster"]):
@@ -108,7 +132,7 @@ class Shards:
 
     def move_to(self, target: Place, targets: np.ndarray, ray: Any) -> None:
         """Move the shards up to `target`, numbered by `targets` [K]; -1 leaves a cluster out."""
-        system, path = self.place.system, self.place.path
+        shards = self
         if (targets != np.arange(len(targets))).any():
             renumbered = Shards.under(target, "renumbered")
 
@@ -117,11 +141,10 @@ class Shards:
                 kept = {name: values[found >= 0] for name, values in batch.items()}
                 return {**kept, "cluster": found[found >= 0].astype(np.int32)}
 
-            renumbered.write(
-                ray.data.read_parquet(path, filesystem=self.place.arrow).map_batches(renumber)
-            )
-            system.rm(path, recursive=True)
-            path = renumbered.place.path
-        for number, name in enumerate(sorted(system.find(path))):
-            system.mv(name, f"{target.path}/part-{number:05d}.parquet")
-        system.rm(path, recursive=True)
+            written = ray.data.read_parquet(self.place.path, filesystem=self.place.arrow)
+            renumbered.write(written.map_batches(renumber))
+            remove_all(self.place)
+            shards = renumbered
+        for number, name in enumerate(files_under(shards.place)):
+            target.system.mv(name, f"{target.path}/part-{number:05d}.parquet")
+        remove_all(shards.place)
