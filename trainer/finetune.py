@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ def finetune(
     task: Task,
     train: Examples,
     validation: Examples,
-    config: Any,
+    config: FinetuneConfig,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Tune all weights of `backbone` (loaded with `trainable=True`) in place.

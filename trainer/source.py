@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from serve.errors import UserError
 from trainer.backbone import Backbone
-from trainer.configs import MetaConfig, PretrainConfig
+from trainer.configs import MetaConfig, PretrainConfig, SourceOptions
 from trainer.graphs import OuterGraphs
 from trainer.initial import initial_params
 from trainer.labels import as_index, class_codes, class_names, find_labels, scale_order
@@ -133,7 +132,7 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
     return replace(data, texts=texts, labels=data.labels[rows], clusters=data.clusters[rows])
 
 
-def _start(config: Any, backbone: Backbone, flag: str) -> Params:
+def _start(config: MetaConfig | PretrainConfig, backbone: Backbone, flag: str) -> Params:
     params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     check_rate(config.rate, config.steps, params, flag)
     return params
@@ -142,7 +141,7 @@ def _start(config: Any, backbone: Backbone, flag: str) -> Params:
 def meta_train(
     backbone: Backbone,
     data: SourceData,
-    config: Any,
+    config: MetaConfig,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Run MetaPT and return its loop, whose `best` is the prompt.
@@ -268,7 +267,7 @@ def _episodes(
 def pretrain(
     backbone: Backbone,
     data: SourceData,
-    config: Any,
+    config: PretrainConfig,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> Loop:
     """Run PPT and return its loop, whose `best` is the prompt."""
@@ -295,7 +294,7 @@ def pretrain(
     return loop
 
 
-def source_prompt(loop: Loop, config: Any, words: list[str], method: str) -> Prompt:
+def source_prompt(loop: Loop, config: SourceOptions, words: list[str], method: str) -> Prompt:
     """The prompt of a finished loop; its labels are its label words."""
     best = loop.state.best
     assert best is not None
@@ -318,7 +317,7 @@ def source_prompt(loop: Loop, config: Any, words: list[str], method: str) -> Pro
     return Prompt(loop.best, task)
 
 
-def _run(config: Any, command: str, train: Callable[..., Loop]) -> None:
+def _run(config: SourceOptions, command: str, train: Callable[..., Loop]) -> None:
     out = result_folder(config.out)
     data = read_source(config.data, clustered=command == "meta")
     words = source_words(config.words, data)

@@ -275,7 +275,6 @@ def make_task(
     labels: Sequence[str],
     words: Sequence[str] | None = None,
     template: str = TEMPLATE,
-    text_format: str = "{text}",
     description: str = "",
 ) -> Task:
     """A task that is not registered. Without `words` the labels, in lower case, are the words.
@@ -292,4 +291,4 @@ def make_task(
                 "--words, one per class (for two sentiment classes: --words bad good)"
             )
         words = [label.lower() for label in labels]
-    return Task(name, tuple(labels), tuple(words), template, text_format, description=description)
+    return Task(name, tuple(labels), tuple(words), template, description=description)

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def tune(
     task: Task,
     train: Examples,
     validation: Examples,
-    config: Any,
+    config: TuneConfig,
     options: RunOptions = DEFAULT_OPTIONS,
     *,
     params: Params | None = None,

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from serve.errors import UserError
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, labelled_pool, labelled_rows
-from trainer.pretraining.texts import HeldOut, normalise, pick, sentences
+from trainer.pretraining.texts import HeldOut, pick, sentences
 
 REVIEW = ("I went there on a Monday. The soup was cold and thin! "
           "Nobody said sorry. We will never, ever come back again.")  # fmt: skip
@@ -36,7 +36,8 @@ def test_held_out_ignores_case_and_marks() -> None:
     assert "the soup was cold and thin" in held
     assert "The soup was cold." not in held
     assert "Great!" not in held  # too short to say anything
-    assert normalise("It's 5 o'clock") == "its5oclock"
+    other = HeldOut(["El café estaba muy frío."])
+    assert "EL CAFÉ ESTABA MUY FRÍO !" in other and "el caf estaba muy fro" not in other
 
 
 def test_held_out_sentences_of_documents() -> None:

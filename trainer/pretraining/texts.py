@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from trainer.spelling import normalise
+
 _BOUNDARY = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
 _TOKENISED = re.compile(r"(?<=\s[.!?])(?:\s[\"')\]])*\s+(?![.!?])")  # "it ends . the next"
-_LETTERS = re.compile(r"[^a-z0-9]+")
 _SHORT = 12  # normalised characters below which equality says nothing ("Great!")
 
 
@@ -25,13 +26,8 @@ def sentences(document: str) -> list[str]:
     return [s for s in found if s]
 
 
-def normalise(text: str) -> str:
-    """Letters and digits only, lower case: what counts as the same sentence."""
-    return _LETTERS.sub("", text.lower())
-
-
 class HeldOut:
-    """The normalised texts, and their sentences, of every held-out set."""
+    """The texts of every held-out set and their sentences, whatever their case and marks."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.keys: set[str] = set()

@@ -200,7 +200,7 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
     ]
     text = markdown(grid, f"{title} ({config.backbone})", notes)
     _write_text(out / f"{what}.md", text)
-    _write_text(out / f"{what}.csv", as_csv(done, config.modes))
+    _write_text(out / f"{what}.csv", as_csv(done))
     write_json(
         out / f"{what}.json",
         {

@@ -179,7 +179,7 @@ def markdown(grid: Grid, title: str, notes: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def as_csv(done: Sequence[Done], modes: Sequence[str]) -> str:
+def as_csv(done: Sequence[Done]) -> str:
     """One line a run: row, mode, task, x, seed, accuracy and what else it measured."""
     names = [
         "macro_f1", "calibration_error", "validation_accuracy", "start_accuracy", "steps", "rows",

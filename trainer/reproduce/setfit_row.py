@@ -15,7 +15,6 @@ import numpy as np
 from serve.errors import UserError, install
 from trainer.data import Examples
 from trainer.embed import encoder_source
-from trainer.tasks import Task
 
 ITERATIONS = 20  # pairs a sample and polarity, the paper's R (section 4.2)
 
@@ -30,7 +29,7 @@ def check_setfit() -> None:
 
 
 def run_setfit(
-    train: Examples, test: Examples, task: Task, seed: int, encoder: str | None, device: str
+    train: Examples, test: Examples, seed: int, encoder: str | None, device: str
 ) -> dict[str, Any]:
     """Train on the samples, evaluate on the test rows; see `check_setfit`."""
     from datasets import Dataset

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,20 +98,18 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     if isinstance(chosen["init"], dict):  # goes on from another start
         chosen["init"] = str(Store(where.out).start_path(chosen["init"]))
     chosen |= {key: settings[key] for key in ("decay", "clip") if key in settings}
-    meta = settings["method"] == "metapt"
+    started = time.monotonic()
+    checkpoint = path.with_name(path.name + ".checkpoint")
+    options = RunOptions(checkpoint, settings, quiet=where.quiet)
     config: MetaConfig | PretrainConfig
-    if meta:
+    if settings["method"] == "metapt":
         names = ("inner_rate", "inner_steps", "samples", "balanced")
         extra = {name: settings[name] for name in names}
         config = MetaConfig(data="", out=str(path), **chosen, **extra, **settings["more"])
+        loop = meta_train(backbone, data, config, replace(options, rate_flag="--outer-rate"))
     else:
         config = PretrainConfig(data="", out=str(path), **chosen, batch=settings["batch"])
-    train = meta_train if meta else pretrain
-    started = time.monotonic()
-    checkpoint = path.with_name(path.name + ".checkpoint")
-    flag = "--outer-rate" if meta else "--ppt-rate"
-    options = RunOptions(checkpoint, settings, quiet=where.quiet, rate_flag=flag)
-    loop = train(backbone, data, config, options)
+        loop = pretrain(backbone, data, config, replace(options, rate_flag="--ppt-rate"))
     words = source_words(config.words, data)
     prompt = source_prompt(loop, config, words, settings["method"])
     prompt.task.figures["seconds"] = round(time.monotonic() - started, 1)
@@ -139,7 +137,7 @@ def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
     if method == "setfit":
         from trainer.reproduce.setfit_row import run_setfit
 
-        return run_setfit(train, test, task, settings["seed"], where.encoder, where.device)
+        return run_setfit(train, test, settings["seed"], where.encoder, where.device)
     run = _run_full if method == "ft" else _run_prompt
     return run(settings, where, task, train, validation, test)
 
