@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ def load_encoder(source: str) -> Any:
         ) from None
 
 
-def _key(source: str, texts: Sequence[str]) -> str:
-    """What the embeddings depend on, as 64 hex digits."""
+def weights_mark(source: str, texts: Sequence[str] = ()) -> str:
+    """What an encoder, or its embeddings of texts, depend on, as 64 hex digits."""
     digest = hashlib.sha256()
     weights = sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else []
     # A folder's weights decide, not its path, so a moved project finds its embeddings again.
@@ -91,7 +91,12 @@ def _key(source: str, texts: Sequence[str]) -> str:
 
 
 def embed(
-    texts: Sequence[str], encoder: str | None = None, *, cache: bool = True, quiet: bool = False
+    texts: Sequence[str],
+    encoder: str | None = None,
+    *,
+    cache: bool = True,
+    quiet: bool = False,
+    load: Callable[[str], Any] | None = None,
 ) -> np.ndarray:
     """Embed texts as unit vectors.
 
@@ -100,6 +105,7 @@ def embed(
         encoder: see `encoder_source`.
         cache: whether the result is kept in, and taken from, the cache folder.
         quiet: no progress bar.
+        load: makes the encoder of a source; None is `load_encoder`, torch.
 
     Returns:
         [N, D] float32, each row of length 1.
@@ -108,7 +114,7 @@ def embed(
         UserError, Failure: see `encoder_source` and `load_encoder`.
     """
     source = encoder_source(encoder)
-    path = cache_folder() / "embeddings" / f"{_key(source, texts)}.npy"
+    path = cache_folder() / "embeddings" / f"{weights_mark(source, texts)}.npy"
     if cache and path.is_file():
         try:
             found = np.load(path, allow_pickle=False)
@@ -117,7 +123,8 @@ def embed(
         if found.shape[:1] == (len(texts),) and found.ndim == 2:
             logger.info("embeddings of %d texts taken from the cache", len(texts))
             return found
-    vectors = _encode(load_encoder(source), texts, quiet)
+    model = load_encoder(source) if load is None else load(source)
+    vectors = _encode(model, texts, quiet)
     if cache:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.save(file, vectors, allow_pickle=False)

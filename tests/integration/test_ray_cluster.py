@@ -73,7 +73,7 @@ def test_a_cluster_writes_the_rows_of_one_machine_though_a_worker_is_killed(
     }  # fmt: skip
     monkeypatch.setattr(
         "trainer.cluster.embed",
-        lambda texts, encoder, cache: Topics(tmp_path).encode(
+        lambda texts, encoder, **_: Topics(tmp_path).encode(
             [t.replace("killer", "k") for t in texts]
         ),
     )

@@ -147,7 +147,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     vectors, truth = blobs(120, 4)
     by_text = {f"text {i} about {truth[i]}": vectors[i] for i in range(120)}
     monkeypatch.setattr(
-        cluster, "embed", lambda texts, encoder, cache: np.stack([by_text[t] for t in texts])
+        cluster, "embed", lambda texts, encoder, **_: np.stack([by_text[t] for t in texts])
     )
     path = tmp_path / "in.csv"
     rows = [f"{text},{('neg', 'pos')[i // 4 % 2]}" for i, text in enumerate(by_text)]

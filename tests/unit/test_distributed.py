@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
-import torch
 
 from serve.errors import Failure, UserError
 from trainer.cluster import ClusterConfig, fit_sample, nearest, run_cluster
@@ -156,10 +155,9 @@ def test_the_nearest_centre_is_that_of_the_least_distance() -> None:
 def test_indices_of_files_that_name_their_classes_stay_indices(
     monkeypatch: pytest.MonkeyPatch, indices: bool, codes: list[int] | None
 ) -> None:
-    monkeypatch.setattr(cluster, "load_encoder", lambda source: None)
+    monkeypatch.setattr(cluster.Embed, "__init__", lambda self, shared: None)
     monkeypatch.setattr(cluster.Assign, "vectors", lambda self, texts: np.eye(len(texts)))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    actor = cluster.Assign("encoder", np.eye(2), ["true", "false"], indices)
+    actor = cluster.Assign(["encoder"], np.eye(2), ["true", "false"], indices)
     batch = {"text": np.array(["a", "b"]), "label": np.array([0, 1]), "bad": np.array(["", ""])}
     if codes is None:
         with pytest.raises(UserError, match="label 0 is not one of true, false: correct the row"):

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from trainer.distributed.reading import LabelledTexts, read_files
 from trainer.distributed.shards import RECORD, Shards, new_address, staged, write_run
 from trainer.embed import encoder_source, load_encoder
 from trainer.labels import class_codes, class_names, find_labels
+from trainer.onnx_encoder import choose_encoder
 from trainer.options import result_folder
 from trainer.remote import Source, is_url
 from trainer.reservoir import rank
@@ -82,13 +84,24 @@ class Pick:
 
 
 class Embed:
-    """An actor: texts in, their unit vectors [B, D] beside them out."""
+    """An actor: texts in, their unit vectors [B, D] beside them out.
 
-    def __init__(self, source: str, threads: int = 1):
-        import torch
+    Args:
+        shared: a list of one reference to what `choose_encoder` chose.
+        threads: an actor has one core; the machine has others.
+    """
 
-        torch.set_num_threads(threads)  # an actor has one core; the machine has others
-        self.model = load_encoder(source)
+    def __init__(self, shared: Any, threads: int = 1):
+        import ray
+
+        encoder = ray.get(shared[0])
+        if isinstance(encoder, str):
+            import torch
+
+            torch.set_num_threads(threads)
+            self.model = load_encoder(encoder)
+        else:
+            self.model = replace(encoder, threads=threads)
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """[B, D] float32."""
@@ -103,8 +116,8 @@ class Embed:
 class Assign(Embed):
     """An actor: labelled texts in; text, label and cluster out."""
 
-    def __init__(self, source: str, centres: np.ndarray, names: list[str], indices: bool):
-        super().__init__(source)
+    def __init__(self, shared: Any, centres: np.ndarray, names: list[str], indices: bool):
+        super().__init__(shared)
         self.centres, self.names, self.indices = centres, names, indices
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[override]
@@ -170,15 +183,17 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     )
     logger.info("%d texts of %d classes in %d files", rows, len(names), len(files))
 
-    source = encoder_source(config.encoder)
-    vectors = _embed(ray, sample, source, actors)
+    encoder = choose_encoder(encoder_source(config.encoder), config.engine, otherwise="onnx")
+    # In a list, or Ray would send the whole encoder along with every actor's arguments.
+    shared = [ray.put(encoder)]
+    vectors = _embed(ray, sample, shared, actors)
     centres = fit_centres(vectors, config.k, config.seed).astype(np.float32)
     means = cluster_means(nearest(vectors, centres), vectors, len(centres))
 
     with staged(config.out) as place:
         raw = Shards.under(place, "raw")
         assigned = read_files(ray, files, reader).map_batches(
-            Assign, fn_constructor_args=(source, centres, names, called is not None),
+            Assign, fn_constructor_args=(shared, centres, names, called is not None),
             batch_size=_BATCH, **actors,
         )  # fmt: skip
         raw.write(assigned)
@@ -224,11 +239,11 @@ def _lowest(sample: arrow.Table, fit: int) -> arrow.Table:
     return sample.sort_by([("rank", "ascending"), ("place", "ascending")]).slice(0, fit)
 
 
-def _embed(ray: Any, sample: arrow.Table, source: str, actors: dict[str, Any]) -> np.ndarray:
+def _embed(ray: Any, sample: arrow.Table, shared: Any, actors: dict[str, Any]) -> np.ndarray:
     """[N, D] float32, the vectors of the sample in its order."""
     parts = [sample.slice(start, _BATCH) for start in range(0, len(sample), _BATCH)]
     texts = ray.data.from_arrow([part.select(["place", "text"]) for part in parts])
-    found = texts.map_batches(Embed, fn_constructor_args=(source,), batch_size=_BATCH, **actors)
+    found = texts.map_batches(Embed, fn_constructor_args=(shared,), batch_size=_BATCH, **actors)
     places, vectors = [], []
     with tqdm(total=len(sample), unit="text", desc="embed the sample", disable=None) as bar:
         for block in found.iter_batches(batch_size=None, batch_format="numpy"):
