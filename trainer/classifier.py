@@ -22,6 +22,7 @@ from serve.errors import UserError
 from trainer.corpus import split_sentences
 from trainer.data import Examples
 from trainer.embed import embed, encoder_source, load_encoder
+from trainer.onnx_encoder import choose_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def train_labeller(
     kind: str = "tfidf",
     *,
     encoder: str | None = None,
+    engine: str = "torch",
     rows: int = 0,
     seed: int = 0,
     words: tuple[int, int] = (4, 60),
@@ -157,6 +159,7 @@ def train_labeller(
         examples: the labelled texts.
         kind: "tfidf" or "embedding".
         encoder: see `trainer.embed.encoder_source`; used by kind "embedding".
+        engine: what runs it then: see `trainer.onnx_encoder.choose_encoder`; "auto" is "onnx".
         rows: labelled texts to learn from at most, drawn by `seed`; 0 for all.
         seed: of that draw.
         words: how many words a sentence may have.
@@ -193,10 +196,10 @@ def train_labeller(
             if len(texts) > _EMBEDDED_TEXTS:
                 part = Examples(texts, labels, examples.names).sample(_EMBEDDED_TEXTS, seed)
                 texts, labels = part.texts, part.labels
-            model = regression.fit(embed(texts, encoder), labels)
-            result = Labeller(
-                kind, model, load_encoder(encoder_source(encoder)), len(examples.names)
-            )
+            chosen = choose_encoder(encoder_source(encoder), engine, otherwise="onnx")
+            runs = load_encoder(chosen) if isinstance(chosen, str) else chosen
+            model = regression.fit(embed(texts, encoder, load=lambda _: runs), labels)
+            result = Labeller(kind, model, runs, len(examples.names))
         else:
             model = make_pipeline(
                 HashingVectorizer(

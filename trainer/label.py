@@ -28,6 +28,7 @@ from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
 from trainer.labels import class_metadata
+from trainer.onnx_encoder import ENGINES
 from trainer.options import MOST_SEED, output_file
 from trainer.remote import Source, size_of
 from trainer.reservoir import Reservoir
@@ -87,6 +88,7 @@ class LabelConfig:
     )  # fmt: skip
     bundle_task: str | None = option(None, help="which of the bundle's tasks", metavar="NAME")
     encoder: str | None = option(None, help="sentence-transformers id or folder for embedding")
+    engine: str = option("auto", choices=ENGINES, help="what runs it: see `cluster`; auto: onnx")
     threshold: float = option(
         0.5, minimum=0, maximum=1,
         help="least probability of the likeliest class; the report shows what others would keep",
@@ -197,8 +199,8 @@ def _labeller(
         return exported, exported.names, figures, made_of
     train, test = _labelled(config, "train"), _labelled(config, "test")
     labeller = train_labeller(
-        train, config.classifier, encoder=config.encoder, rows=config.labelled_rows,
-        seed=config.seed, words=word_bounds(config),
+        train, config.classifier, encoder=config.encoder, engine=config.engine,
+        rows=config.labelled_rows, seed=config.seed, words=word_bounds(config),
     )  # fmt: skip
     figures = labeller.measure(test, config.threshold)
     sys.stdout.write(_describe(figures, config, test.source, len(train.names)))

@@ -35,14 +35,14 @@ _PROBES = (
 
 @dataclass
 class OnnxEncoder:
-    """Texts to unit vectors. It can be pickled; each process opens its own session.
+    """Texts to unit vectors. It can be sent to another process, which opens its own session.
 
     Attributes:
         model: the graph: ids, mask [B, S] -> vectors [B, D], of length 1.
         tokenizer: the text of a `tokenizer.json`.
         longest: tokens of a text, after which it is cut.
         pad: the id that fills shorter rows of a batch.
-        threads: of a session; 0 takes the machine's cores.
+        threads: of a session; 0 takes the machine's cores, and a copy in another process has 1.
     """
 
     model: bytes
@@ -53,7 +53,8 @@ class OnnxEncoder:
     _opened: tuple[Any, Any] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        # Sent where many work side by side: an actor has one core.
+        return {**vars(self), "_opened": None, "threads": 1}
 
     def encode(self, texts: Sequence[str], **_: Any) -> np.ndarray:
         """[N, D] float32, rows of length 1; takes what SentenceTransformer.encode takes."""

@@ -175,6 +175,36 @@ def test_a_skewed_set_does_not_skew_the_classifier() -> None:
     np.testing.assert_allclose(found, [[0.5, 0.5]], atol=1e-3)
 
 
+def test_an_embedding_classifier_is_a_regression_on_the_encoders_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    class Letters:
+        def encode(self, texts: Sequence[str], **_: object) -> np.ndarray:
+            counts = np.array([[text.count(c) for c in "abcdefgo"] for text in texts], np.float32)
+            return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+    asked: list[object] = []
+
+    def choose(source: str, engine: str, otherwise: str) -> str:
+        asked.extend([engine, otherwise])
+        return source
+
+    monkeypatch.setenv("METAPT_CACHE", str(tmp_path))
+    monkeypatch.setattr("trainer.classifier.choose_encoder", choose)
+    monkeypatch.setattr("trainer.classifier.load_encoder", lambda source: Letters())
+    texts = ["good food", "a good deed", "bad", "a bad cab", "bad beef"]
+    labels = np.array([1, 1, 0, 0, 0])
+    labeller = train_labeller(Examples(texts, labels, ("no", "yes")), "embedding", engine="auto")
+    assert asked == ["auto", "onnx"]
+    unseen = ["good", "bad dog", "a cab"]
+    model = LogisticRegression(C=1.0, class_weight="balanced")
+    expected = model.fit(Letters().encode(texts), labels).predict_proba(Letters().encode(unseen))
+    np.testing.assert_allclose(labeller.probabilities(unseen), expected, atol=1e-4)
+    assert labeller.probabilities([]).shape == (0, 2)
+
+
 def test_a_word_said_again_counts_by_the_logarithm() -> None:
     labeller = train_labeller(Examples(["good film", "bad film"], np.arange(2), ("a", "b")))
     found = np.sort(labeller.model[:-1].transform(["good good good film"]).data)

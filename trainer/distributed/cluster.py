@@ -10,7 +10,6 @@ import json
 import logging
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,20 +87,17 @@ class Embed:
 
     Args:
         shared: a list of one reference to what `choose_encoder` chose.
-        threads: an actor has one core; the machine has others.
     """
 
-    def __init__(self, shared: Any, threads: int = 1):
+    def __init__(self, shared: Any):
         import ray
 
-        encoder = ray.get(shared[0])
-        if isinstance(encoder, str):
+        self.model = ray.get(shared[0])
+        if isinstance(self.model, str):
             import torch
 
-            torch.set_num_threads(threads)
-            self.model = load_encoder(encoder)
-        else:
-            self.model = replace(encoder, threads=threads)
+            torch.set_num_threads(1)  # an actor has one core; the machine has others
+            self.model = load_encoder(self.model)
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """[B, D] float32."""
