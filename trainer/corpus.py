@@ -15,12 +15,11 @@ from typing import TypeVar
 
 from serve.errors import Failure, UserError
 from trainer.remote import Source, expand, is_url, name_of
-from trainer.tables import check_file, decoded_lines, iterate_rows, kind_of
+from trainer.tables import TABLES, check_file, decoded_lines, iterate_rows, kind_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".text", ".md", "")
 _BLOCK = 1 << 20  # characters; a longer paragraph is cut, so that memory stays flat
 

@@ -41,7 +41,7 @@ def encoder_source(encoder: str | None) -> str:
         return str(Path(found.origin).parent / "model")
     path = Path(encoder).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(path.absolute())  # a cluster's workers stand in other folders
     if path.is_file() or encoder.startswith((".", "/", "~")) or encoder.count("/") > 1:
         raise UserError(f"--encoder {encoder} is not a folder: pass a model's folder or hub id")
     return encoder
@@ -80,10 +80,12 @@ def load_encoder(source: str) -> Any:
 
 def weights_mark(source: str, texts: Sequence[str] = ()) -> str:
     """What an encoder, or its embeddings of texts, depend on, as 64 hex digits."""
-    digest = hashlib.sha256()
-    weights = sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else []
-    # A folder's weights decide, not its path, so a moved project finds its embeddings again.
-    digest.update(" ".join([sha256(path) for path in weights] or [source]).encode())
+    digest = hashlib.sha256(b"" if Path(source).is_dir() else source.encode())
+    # A folder's files decide, not its path, so a moved project finds its embeddings again.
+    for path in sorted(Path(source).rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and path.suffix != ".md" and not name.parts[0].startswith("."):
+            digest.update(f"{name} {sha256(path)}\n".encode())
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)

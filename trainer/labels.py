@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +94,49 @@ def class_names(path: Source) -> list[str] | None:
     `_run.json` in a folder of shards, which may also hold files that say it themselves.
 
     Returns:
-        The C names; None where there are none, or where they are numbers themselves, which as
-        values of a column would be taken for names.
+        The C names; None where there are none.
+
+    Raises:
+        UserError: a folder's files do not agree.
     """
     path = path if is_url(path) else Path(path)
     if shards := shards_of(path):
-        names = _recorded(f"{path}/_run.json") or _named_inside(shards[0])
+        names = _recorded(f"{path}/_run.json") or names_inside(shards)
     elif kind_of(path) == ".parquet":
-        names = _named_inside(path) or _recorded(str(path).removesuffix(".parquet") + ".run.json")
+        names = names_inside([path]) or _recorded(str(path).removesuffix(".parquet") + ".run.json")
     else:
         names = []
-    return None if any(as_index(name) is not None for name in names) else names or None
+    return names or None
 
 
-def _named_inside(path: Source) -> list[str]:
-    """The class names in a Parquet file's metadata."""
+def names_inside(paths: Sequence[Source]) -> list[str]:
+    """The class names in the metadata of Parquet files; none where they carry none.
+
+    Raises:
+        UserError: the files do not agree, so that an index is one class here and another there.
+    """
+    tables = [path for path in paths if kind_of(path) == ".parquet"]
+    with ThreadPoolExecutor(16) as pool:  # a store takes its time for each
+        found = zip(tables, pool.map(_named_inside, tables), strict=True)
+        known = [(path, names) for path, names in found if names is not None]
+    for path, names in known:
+        if names != known[0][1]:
+            raise UserError(
+                f"{path} calls its classes {', '.join(names) or 'nothing'}, but {known[0][0]} "
+                f"{', '.join(known[0][1]) or 'nothing'}: label the texts with one classifier"
+            )
+    return known[0][1] if known else []
+
+
+def _named_inside(path: Source) -> list[str] | None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
         with open_binary(path) as raw:
             metadata = parquet.read_schema(raw).metadata or {}
-    except (arrow.ArrowInvalid, OSError):
-        return []  # whoever reads the rows says what is wrong with the file
+    except (arrow.ArrowInvalid, OSError, UserError, Failure):
+        return None  # whoever reads the rows says what is wrong with the file
     return json.loads(metadata.get(_CLASS_NAMES, b"[]"))
 
 
@@ -124,7 +145,7 @@ def _recorded(path: str) -> list[str]:
     try:
         with open_binary(path if is_url(path) else Path(path)) as raw:
             record = json.loads(raw.read())
-    except FileNotFoundError:
+    except (OSError, UserError, Failure):  # absent, or a store says so by forbidding it
         return []
     except ValueError as error:
         raise Failure(f"{path} is not valid JSON ({error}): it is damaged, make it again") from None
@@ -218,7 +239,8 @@ def class_codes(
 
     A value that is spelt as a name is that class, and 1.0 is the class "1". A number that is no
     name is an index only where no name is a number, nor true or false: among the classes "1" to
-    "5" a stray 0 is a mistake, not the class "1".
+    "5" a stray 0 is a mistake, not the class "1". In a file that names its classes a number is an
+    index before it is a name.
 
     Args:
         values: N label values.
@@ -242,6 +264,7 @@ def class_codes(
         )
     left_out = {name.casefold() for name in drop}
     classes = len(labels)
+    declared = indices
     indices = indices or not any(_NUMBER.fullmatch(n) or n in ("true", "false") for n in known)
     codes = np.empty(len(values), dtype=np.int64)
     for position, (value, place) in enumerate(zip(values, places, strict=True)):
@@ -251,6 +274,8 @@ def class_codes(
         if name not in known and number is not None and not isinstance(value, bool):
             name = str(number)
         index = known.get(name, number if indices else None)
+        if declared and number is not None:
+            index = number
         if name in left_out or (index is not None and classes <= index < classes + len(drop)):
             codes[position] = -1
             continue

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from serve.errors import Failure, UserError, install
-from serve.files import atomic_folder
+from serve.files import atomic_folder, sha256
 from trainer.cache import cache_folder
 from trainer.embed import load_encoder, weights_mark
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 ENGINES = ("auto", "onnx", "torch")
 BATCH_TOKENS = 512  # padding included: see benchmarks.sentence_encoder
 _FORMAT = 1  # of what is kept in the cache
+_ANY = 2**31 - 1  # tokens, where a tokenizer names no bound (1e30)
 _TOLERANCE = 1e-5  # of a unit vector's numbers against torch's; 3e-7 was found
 _PROBES = (
     "I loved it.", "no", "", "The plot makes no sense at all, and the actors know it. " * 40,
@@ -130,23 +131,31 @@ def compile_encoder(source: str) -> OnnxEncoder:
     if importlib.util.find_spec("onnxscript") is None:
         raise UserError(f"--engine onnx needs onnx and onnxscript: {install('exporter')}")
     folder = cache_folder() / "encoders" / f"{weights_mark(source)[:32]}-{_FORMAT}"
-    if (folder / "encoder.json").is_file():
-        return _read(folder)
+    if found := _read(folder):
+        return found
     encoder = _compile(source)
     with atomic_folder(folder) as made:
         (made / "encoder.onnx").write_bytes(encoder.model)
         (made / "tokenizer.json").write_text(encoder.tokenizer, "utf-8")
-        facts = {"longest": encoder.longest, "pad": encoder.pad}
+        facts = {
+            "longest": encoder.longest, "pad": encoder.pad,
+            **{name: sha256(made / name) for name in ("encoder.onnx", "tokenizer.json")},
+        }  # fmt: skip
         (made / "encoder.json").write_text(json.dumps(facts) + "\n", "utf-8")
     return encoder
 
 
-def _read(folder: Path) -> OnnxEncoder:
-    facts = json.loads((folder / "encoder.json").read_text("utf-8"))
-    return OnnxEncoder(
-        (folder / "encoder.onnx").read_bytes(), (folder / "tokenizer.json").read_text("utf-8"),
-        facts["longest"], facts["pad"],
-    )  # fmt: skip
+def _read(folder: Path) -> OnnxEncoder | None:
+    """What was compiled before; None if nothing was, or it is damaged."""
+    try:
+        facts = json.loads((folder / "encoder.json").read_bytes())
+        if any(sha256(folder / name) != facts[name] for name in ("encoder.onnx", "tokenizer.json")):
+            return None
+        model = (folder / "encoder.onnx").read_bytes()
+        tokenizer = (folder / "tokenizer.json").read_text("utf-8")
+        return OnnxEncoder(model, tokenizer, facts["longest"], facts["pad"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _compile(source: str) -> OnnxEncoder:
@@ -181,8 +190,8 @@ def _compile(source: str) -> OnnxEncoder:
     axes = {0: Dim("B"), 1: Dim("S")}
     graph = to_onnx(Whole(), (ids, mask), ["ids", "mask"], ["vectors"], (axes, axes))
     encoder = OnnxEncoder(
-        graph.SerializeToString(), tokenizer.to_str(), int(model.max_seq_length),
-        int(model.tokenizer.pad_token_id or 0),
+        graph.SerializeToString(), tokenizer.to_str(),
+        min(int(model.max_seq_length or _ANY), _ANY), int(model.tokenizer.pad_token_id or 0),
     )  # fmt: skip
     expected = model.encode(list(_PROBES), normalize_embeddings=True, show_progress_bar=False)
     difference = float(np.abs(encoder.encode(_PROBES) - expected).max())

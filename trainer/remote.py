@@ -42,18 +42,27 @@ def reached(url: str, flag: str) -> Iterator[None]:
     """What a store raises while it is asked is one line of advice; stores have errors of their own.
 
     Raises:
-        Failure: the store did not answer, or not as it should.
+        UserError: nothing is there. Failure: the store did not answer, or not as it should.
     """
     try:
         yield
-    except (UserError, Failure, FileNotFoundError):
+    except (UserError, Failure):
         raise
+    except FileNotFoundError:
+        raise UserError(f"{flag} {url} does not exist: check the address") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Failure(
             f"{flag} {url} could not be reached ({reason[0]}): check the address, the network and "
             "the credentials"
         ) from error
+
+
+def listing(url: str, flag: str) -> list[Source]:
+    """The addresses of the Parquet files in a folder, sorted; none if it is not there."""
+    system, path = file_system(url, flag)
+    with reached(url, flag):
+        return sorted(system.unstrip_protocol(name) for name in system.glob(f"{path}/*.parquet"))
 
 
 def expand(url: str, flag: str) -> list[str]:
@@ -77,14 +86,18 @@ def expand(url: str, flag: str) -> list[str]:
     return sorted(system.unstrip_protocol(name) for name in found)
 
 
-def open_binary(source: Source) -> IO[bytes]:
-    """The file's bytes, from its start."""
+def open_binary(source: Source, flag: str = "--data") -> IO[bytes]:
+    """The file's bytes, from its start.
+
+    Raises:
+        UserError, Failure: see `file_system` and `reached`; no such file at an address.
+    """
     if isinstance(source, Path):
         return source.open("rb")
-    import fsspec
-
-    # Buffered by the standard library, whose readline takes a limit, unlike fsspec's.
-    return io.BufferedReader(fsspec.open(source, "rb").open())
+    system, path = file_system(source, flag)
+    with reached(source, flag):
+        # Buffered by the standard library, whose readline takes a limit, unlike fsspec's.
+        return io.BufferedReader(system.open(path, "rb"))
 
 
 def size_of(source: Source) -> int:

@@ -14,12 +14,14 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 from serve.errors import Failure, UserError
-from trainer.remote import Source, expand, is_url, name_of, open_binary, size_of
+from trainer.remote import Source, is_url, listing, name_of, open_binary, reached, size_of
 
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LINE_LIMIT = 1 << 26  # bytes; a longer line is no row, and would defeat the flat memory
 _BATCH = 4096  # Parquet rows, or lines between two reports of progress
@@ -52,11 +54,10 @@ def _unpacked(path: Source, raw: IO[bytes]) -> IO[bytes]:
 
 
 def shards_of(path: Source, flag: str = "--data") -> list[Source]:
-    """The Parquet files of a folder or of an address without a suffix, sorted by name; none if it
-    is neither."""
+    """The Parquet files of a folder, or of an address that is no file's, sorted by name; none if
+    the path is neither. Folders within are not looked at."""
     if is_url(path):
-        there = [] if kind_of(path) else expand(str(path), flag)
-        return [name for name in there if kind_of(name) == ".parquet"]
+        return [] if kind_of(path) in TABLES else listing(f"{path}".rstrip("/"), flag)
     return sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else []
 
 
@@ -205,9 +206,10 @@ def _json_lines(
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # a number of thousands of digits is one of its own
+            reason = getattr(error, "msg", None) or str(error).partition(":")[0]
             raise UserError(
-                f"{path}, line {number} is not JSON ({error.msg}): each line must be one object"
+                f"{path}, line {number} is not JSON ({reason}): each line must be one object"
             ) from None
         except RecursionError:
             raise UserError(
@@ -302,10 +304,15 @@ def iterate_rows(
     kind = kind_of(path)
     advice = advice or _COLUMN_FLAGS.get(flag, _ADVICE)
     if kind in (".csv", ".tsv"):
-        yield from _separated(path, columns, "," if kind == ".csv" else "\t", advice, advance)
+        rows = _separated(path, columns, "," if kind == ".csv" else "\t", advice, advance)
     elif kind in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, columns, advice, advance)
+        rows = _json_lines(path, columns, advice, advance)
     elif kind == ".parquet":
-        yield from _parquet(path, columns, keep_all, advice, advance)
+        rows = _parquet(path, columns, keep_all, advice, advance)
     else:
-        raise UserError(f"{flag} {path}: the name must end in .csv, .tsv, .jsonl or .parquet")
+        raise UserError(
+            f"{flag} {path}: the name must end in .csv, .tsv, .jsonl or .parquet, or be that of a "
+            "folder with Parquet files"
+        )
+    with reached(str(path), flag) if is_url(path) else nullcontext():
+        yield from rows

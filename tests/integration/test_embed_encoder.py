@@ -58,7 +58,16 @@ def test_a_compiled_encoder_gives_torchs_vectors_without_torch(
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert encoder.encode([]).shape[0] == 0
 
-    # The second time it comes out of the cache, and an actor's copy needs no torch.
+    # The second time it comes out of the cache, and an actor's copy needs no torch. What is damaged
+    # there is made again.
+    (kept,) = (tmp_path / "cache" / "encoders").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_encoder, "_compile", lambda source: encoder)
+        for name in ("encoder.onnx", "tokenizer.json", "encoder.json"):
+            whole = (kept / name).read_bytes()
+            (kept / name).write_bytes(whole[: len(whole) // 2])
+            compile_encoder(folder)
+            assert (kept / name).read_bytes() == whole
     monkeypatch.setattr(onnx_encoder, "_compile", lambda source: pytest.fail("compiled again"))
     (tmp_path / "pickled").write_bytes(pickle.dumps(choose_encoder(folder, "auto", "onnx")))
     script = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "pickled")]

@@ -69,18 +69,27 @@ def test_a_damaged_cache_is_made_again(fake: Fake, tmp_path: Path) -> None:
     assert len(fake.batches) == 2
 
 
-def test_a_folder_is_known_by_its_weights_not_its_path(fake: Fake, tmp_path: Path) -> None:
-    for name, content in (("one", b"w"), ("copy", b"w"), ("other", b"v")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
+def test_a_folder_is_known_by_its_files_not_its_path(fake: Fake, tmp_path: Path) -> None:
+    made = 0
+    for name, file, content, new in (
+        ("one", "pytorch_model.bin", b"w", True), ("copy", "pytorch_model.bin", b"w", False),
+        ("other", "pytorch_model.bin", b"v", True), ("copy", "1_Pooling/config.json", b"{}", True),
+        ("one", "1_Pooling/config.json", b"{}", False), ("one", "README.md", b"what", False),
+        ("one", ".cache/downloaded", b"when", False),
+    ):  # fmt: skip
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
         embed(["text"], str(tmp_path / name), quiet=True)
-    assert len(fake.batches) == 2
+        made += new
+        assert len(fake.batches) == made, (name, file)
 
 
 def test_the_encoder_comes_from_the_package_a_folder_or_an_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert encoder_source(str(tmp_path)) == str(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert encoder_source(str(tmp_path)) == encoder_source(tmp_path.name) == str(tmp_path)
     assert encoder_source("sentence-transformers/all-mpnet-base-v2").endswith("mpnet-base-v2")
     monkeypatch.setattr(module, "PACKAGE", "a_package_that_is_not_there")
     assert encoder_source(None) == "sentence-transformers/all-MiniLM-L6-v2"

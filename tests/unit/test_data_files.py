@@ -263,6 +263,7 @@ def test_classes_to_drop_are_left_out_by_name_or_index(tmp_path: Path) -> None:
         ("a.csv", b"text,label\n,1\n", "line 2: 'text' is empty"),
         ("a.csv", b"text,label\n  ,1\n", "line 2: 'text' is empty"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{oops\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"label": ' + b"1" * 5000 + b"}\n", "line 1 is not JSON .Exceeds"),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"body": "x", "label": 1}\n', "line 1 has no 'text': it has body, label"),
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "line 1: 'text' is int '5', not text"),

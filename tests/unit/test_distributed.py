@@ -17,6 +17,7 @@ import pytest
 from serve.errors import Failure, UserError
 from trainer.cluster import ClusterConfig, fit_sample, nearest, run_cluster
 from trainer.distributed import cluster, engine
+from trainer.distributed.reading import LabelledTexts
 from trainer.distributed.shards import Shards, staged
 from trainer.label import LabelConfig, run_label
 from trainer.reservoir import rank
@@ -117,6 +118,55 @@ def test_shards_appear_whole_or_not_at_all(tmp_path: Path, address: str | None) 
         with pytest.raises(UserError, match="exists already"), staged(out):
             pass
         system.rm("/bucket", recursive=True)
+
+
+def test_a_store_that_fails_between_two_files_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    moved: list[str] = []
+
+    def move(self: object, one: str, two: str) -> None:
+        if moved:
+            raise OSError("the store is gone")
+        moved.append(two)
+        system.copy(one, two)
+        system.rm(one)
+
+    monkeypatch.setattr(type(system), "mv", move)
+    with pytest.raises(OSError, match="gone"), staged("memory://store/out") as place:
+        for name in ("a.parquet", "b.parquet", "_run.json"):
+            system.pipe(f"{place.path}/{name}", b"x")
+    assert moved and not system.find("/store")
+
+
+def test_labels_are_called_as_one_machine_calls_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    values = ["true", "false", "3", '" Good "', "2.0"]
+    path.write_text("".join(f'{{"text": "t", "label": {value}}}\n' for value in values))
+    read = LabelledTexts("text", "label")(path)
+    assert [label for _, label in read] == ["true", "false", "3", "Good", "2"]
+
+
+def test_a_folder_at_an_address_has_the_rows_of_one_on_disk(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    for name in ("b-1.5/x", "b-1.5/old/x", "b-1.5/a"):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(arrow.table({"text": [name]}), path)
+        system.pipe(f"/rows/{name}.parquet", path.read_bytes())
+    (tmp_path / "b-1.5" / "_SUCCESS").touch()
+    system.touch("/rows/b-1.5/_SUCCESS")
+    try:
+        for folder in (tmp_path / "b-1.5", "memory://rows/b-1.5", "memory://rows/b-1.5/"):
+            texts = [row["text"] for _, row in iterate_rows(folder, ["text"])]
+            assert texts == ["b-1.5/a", "b-1.5/x"]
+        with pytest.raises(UserError, match=r"memory://rows/none.csv does not exist"):
+            list(iterate_rows("memory://rows/none.csv", ["text"]))
+        with pytest.raises(UserError, match=r"memory://rows/none.parquet does not exist"):
+            list(iterate_rows("memory://rows/none.parquet", ["text"]))
+    finally:
+        system.rm("/rows", recursive=True)
 
 
 def test_a_folder_of_shards_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:

@@ -149,25 +149,37 @@ def test_a_folder_of_shards_is_named_by_its_record(tmp_path: Path) -> None:
     assert read_source(str(tmp_path), clustered=True).names == ("no", "yes")
 
 
-def test_a_folder_without_a_record_is_named_by_its_first_file(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_named_by_its_files_if_they_agree(tmp_path: Path) -> None:
     table = arrow.table({"text": ["a", "b"], "label": [1, 0], "cluster": [0, 1]})
-    for name, classes in (("b", ["true", "false"]), ("a", ["no", "yes"])):
+    (tmp_path / "within").mkdir()
+    for name, classes in (("b", ["no", "yes"]), ("a", ["no", "yes"]), ("within/c", ["x", "y"])):
         named = table.replace_schema_metadata(class_metadata(classes))
         parquet.write_table(named, tmp_path / f"{name}.parquet")
     (tmp_path / "_run.json").write_text(json.dumps({"command": "export", "labels": ["x", "y"]}))
     assert class_names(tmp_path) == ["no", "yes"]
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")  # said by who reads its rows
+    assert class_names(tmp_path) == ["no", "yes"]
+    (tmp_path / "damaged.parquet").unlink()
+    for other, said in ((class_metadata(["yes", "no"]), "yes, no"), (None, "nothing")):
+        parquet.write_table(table.replace_schema_metadata(other), tmp_path / "b.parquet")
+        with pytest.raises(UserError, match=rf"b.parquet calls its classes {said}, but .* no, yes"):
+            read_source(str(tmp_path), clustered=True)
     (tmp_path / "_run.json").write_text("{")
     with pytest.raises(Failure, match=r"_run.json is not valid JSON .* damaged"):
         class_names(tmp_path)
 
 
-def test_names_that_are_numbers_are_left_to_the_values(tmp_path: Path) -> None:
-    # As names, the ratings "1" and "2" would take the index 1 for themselves.
+@pytest.mark.parametrize("indices", [[0, 1, 2], [1, 2, 1], [2, 0, 2]])
+def test_an_index_is_no_name_where_the_names_are_numbers(
+    tmp_path: Path, indices: list[int]
+) -> None:
+    # Taken for names, the ratings "1" and "2" would take the index 1 for themselves.
     path = tmp_path / "rated.parquet"
-    table = arrow.table({"text": ["a", "b", "c"], "label": [0, 1, 2]})
+    table = arrow.table({"text": ["a", "b", "c"], "label": indices})
     parquet.write_table(table.replace_schema_metadata(class_metadata(["1", "2", "3"])), path)
-    assert class_names(path) is None
-    assert read_source(str(path), clustered=False).labels.tolist() == [0, 1, 2]
+    data = read_source(str(path), clustered=False)
+    assert (data.labels.tolist(), data.names) == (indices, ("1", "2", "3"))
+    assert words_of(data) == ["bad", "okay", "good"]
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,12 @@ from trainer.distributed.engine import ACTOR_CPUS, cpus, data_settings, root_mes
 from trainer.distributed.reading import LabelledTexts, read_files
 from trainer.distributed.shards import RECORD, Shards, new_address, staged, write_run
 from trainer.embed import encoder_source, load_encoder
-from trainer.labels import class_codes, class_names, find_labels
+from trainer.labels import class_codes, class_names, find_labels, names_inside
 from trainer.onnx_encoder import choose_encoder
 from trainer.options import result_folder
 from trainer.remote import Source, is_url
 from trainer.reservoir import rank
+from trainer.tables import TABLES, kind_of, shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ class Pick:
     def __call__(self, batch: arrow.Table) -> arrow.Table:
         bad = [message for message in batch["bad"].to_pylist() if message]
         rows = batch.filter(arrow.compute.equal(batch["bad"], ""))
-        counts = {"rows": len(rows), "labels": sorted(set(rows["label"].to_pylist())), "bad": bad}
+        met: dict[str, int] = {}
+        for label, place in zip(rows["label"].to_pylist(), rows["place"].to_pylist(), strict=True):
+            met[label] = min(place, met.get(label, place))
+        counts = {"rows": len(rows), "labels": met, "bad": bad}
         ranks = np.array(
             [rank(text_mark(text), self.seed) for text in rows["text"].to_pylist()], np.uint64
         )
@@ -130,7 +134,11 @@ def run_on_ray(config: ClusterConfig) -> None:
     """`python -m trainer cluster --ray ADDRESS`."""
     assert config.ray is not None
     _check(config)
-    files = find_files([config.data], "--data")
+    files = shards_of(config.data) or [
+        name for name in find_files([config.data], "--data") if kind_of(name) in TABLES
+    ]
+    if not files:
+        raise UserError(f"--data {config.data} holds no CSV, TSV, JSONL or Parquet file")
     started = time.monotonic()
     with session(config.ray) as ray, data_settings():
         try:
@@ -173,7 +181,7 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     # What `label` calls its classes, or else what the values are.
     called = None
     if config.label_column == "label":
-        called = class_names(config.data) or class_names(files[0])
+        called = class_names(config.data) or names_inside(files) or None
     names = called or find_labels(
         values, [f"{config.data}, a row"] * len(values), config.label_column
     )
@@ -215,7 +223,7 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
 
 def _collect(picked: Any, fit: int, bad: BadFiles) -> tuple[arrow.Table, int, list[str]]:
     """The sample in the order of the rows, the number of all rows, and the labels' values."""
-    rows, values = 0, set[str]()
+    rows, first = 0, dict[str, int]()  # the place where each label's value is met first
     sample = _PICKED.empty_table()
     with tqdm(unit=" texts", unit_scale=True, desc="count", disable=None) as bar:
         for block in picked.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -223,12 +231,13 @@ def _collect(picked: Any, fit: int, bad: BadFiles) -> tuple[arrow.Table, int, li
                 for message in counts["bad"]:
                     bad.add(message)
                 rows += counts["rows"]
-                values.update(counts["labels"])
+                for value, place in counts["labels"].items():
+                    first[value] = min(place, first.get(value, place))
             sample = arrow.concat_tables([sample, block.filter(block["counts"].is_null())])
             if len(sample) > 2 * fit:
                 sample = _lowest(sample, fit)
             bar.update(rows - bar.n)
-    return _lowest(sample, fit).sort_by("place"), rows, sorted(values)
+    return _lowest(sample, fit).sort_by("place"), rows, sorted(first, key=first.__getitem__)
 
 
 def _lowest(sample: arrow.Table, fit: int) -> arrow.Table:

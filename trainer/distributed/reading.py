@@ -68,6 +68,8 @@ class LabelledTexts:
             if index is None and not (isinstance(value, str) and value.strip()):
                 raise UserError(f"{source}, {place}: label {value!r} is no class: correct the row")
             label = str(value).strip() if index is None else str(index)
+            if isinstance(value, bool):
+                label = str(value).lower()  # the name that one machine gives it
             yield row_text(row, parts, form, f"{source}, {place}"), label
 
 

@@ -60,8 +60,12 @@ def staged(out: str) -> Iterator[Place]:
         yield staging
         names = sorted(files_under(staging), key=lambda name: name.endswith(RECORD))
         system.makedirs(path, exist_ok=True)
-        for name in names:
-            system.mv(name, f"{path}/{name.rsplit('/', 1)[-1]}")
+        try:
+            for name in names:
+                system.mv(name, f"{path}/{name.rsplit('/', 1)[-1]}")
+        except BaseException:
+            remove_all(Place(system, path))  # a part of the rows would be read as the whole
+            raise
     finally:
         remove_all(staging)
 
