@@ -12,7 +12,7 @@ from exporter.record import bundle_arrays, read_folder, task_name, task_record
 from serve import bundle as bundles
 from serve.bundle import Bundle
 from serve.errors import Failure, UserError
-from serve.task import Task
+from serve.task import Task, is_text, need
 
 # The files of a bundle, of any version of it, the demo's description of it (`trainer.bonnet`), and
 # what a writer that was killed left of them.
@@ -41,7 +41,9 @@ def add(folder: Path | str, prompt: Path | str, name: str | None = None) -> Task
             f"{prompt} was trained in mode '{mode}', but {folder} serves mode '{bundle.mode}': "
             "train it in that mode, or export it to a bundle of its own"
         )
-    known, wanted = task.get("backbone_sha256"), bundle.header["backbone"].get("sha256")
+    known = task.get("backbone_sha256")
+    need(known is None or is_text(known), f"{prompt}: 'backbone_sha256' must be text")
+    wanted = bundle.header["backbone"].get("sha256")
     if known and wanted and known != wanted:
         raise UserError(
             f"{prompt} was trained on backbone '{task.get('backbone')}' ({known[:12]}), but "

@@ -1,6 +1,6 @@
 """What a bundle keeps of a prompt folder, read without torch.
 
-`python -m exporter add` must run where only onnxruntime is installed, so this file, `bundles.py`
+`python -m exporter add` must run where only onnxruntime is installed, so this file, `edit.py`
 and `__main__.py` import neither torch nor transformers; the exporter itself uses the same
 functions, so that a task added later is tokenised exactly as one exported at first.
 """
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
 from serve.files import read_json
+from serve.prompt import read_arrays
 from serve.task import COOLEST, HOTTEST, NAME, is_count, is_temperature, is_text, need
 
 WEIGHTS = "adapter_model.safetensors"
 TEXT, BLANK, END = "{text}", "<extra_id_0>", "</s>"
 
 Arrays = dict[str, np.ndarray]
-
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # safetensors' names, and numpy's
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
@@ -45,7 +44,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
     if not isinstance(task, dict):
         raise Failure(f"{folder / 'task.json'} must hold a JSON object: train the prompt again")
     try:
-        arrays = _read_arrays(folder / WEIGHTS)
+        arrays = read_arrays((folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS))
     except (SafetensorError, OSError, ValueError) as error:
         raise Failure(
             f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again"
@@ -71,26 +70,11 @@ def _virtual_tokens(path: Path) -> int | None:
     return virtual
 
 
-def _read_arrays(path: Path) -> Arrays:
-    """As `safetensors.numpy.load_file`, which fails at bfloat16: numpy has no such type."""
-    arrays = {}
-    for name, entry in deserialize(path.read_bytes()):
-        kind, data = entry["dtype"], entry["data"]
-        if kind == "BF16":  # the upper half of a float32
-            value = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif kind in _FLOATS:
-            value = np.frombuffer(data, _FLOATS[kind])
-        else:
-            raise UserError(f"{path}: '{name}' is of type {kind}: save it as F32, F16 or BF16")
-        arrays[name] = value.reshape(entry["shape"])
-    return arrays
-
-
 def bundle_arrays(arrays: Mapping[str, np.ndarray]) -> Arrays:
     """Of a prompt's arrays those that `serve.bundle.add_task` takes: in mode `deep` the trained
     keys, values and states are all there is."""
     kept = ("kv", "states") if "kv" in arrays else ("prompt_embeddings",)
-    return {name: arrays[name] for name in kept}
+    return {name: arrays[name] for name in kept if name in arrays}  # what is missing is told there
 
 
 def task_record(task: Mapping[str, Any], tokenizer: Tokenizer, source: object) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -125,10 +125,14 @@ class Bank:
                 missing = [t for t, key in zip(tasks, keys, strict=True) if key not in self._used]
                 filled = {key_of(task): (task, self._compute(task)) for task in missing}
                 with self._changed:
-                    for key, (task, arrays) in filled.items():
-                        self._place(key, task, arrays, set(keys))
-                    if filled:
-                        self._publish()
+                    try:
+                        for key, (task, arrays) in filled.items():
+                            self._place(key, task, arrays, set(keys))
+                        if filled:
+                            self._publish()
+                    except BaseException:
+                        self._forget(filled)
+                        raise
                     view = self._take(keys)  # None when one was evicted meanwhile: once more
         try:
             yield view
@@ -152,6 +156,13 @@ class Bank:
             elif key in self._used:
                 self._free.append(self._used.pop(key))
                 self._changed.notify_all()
+
+    def _forget(self, keys: Iterable[Key]) -> None:
+        """Free the slots of tasks that were placed and not published: runs would read what a
+        device had there before, another task's prompt."""
+        for key in keys:
+            if key in self._used and key not in self._pins:
+                self._free.append(self._used.pop(key))
 
     def _take(self, keys: list[Key]) -> View | None:
         """Pin the slots of `keys`, or None when one is not there."""
@@ -209,12 +220,13 @@ class Bank:
     def _grow(self) -> None:
         count = len(self._arrays["bank_length"])
         target = min(2 * count, self.capacity)
+        grown = {}
         for name, array in self._arrays.items():
-            larger = np.zeros((target, *array.shape[1:]), array.dtype)
-            larger[:count] = array
-            self._arrays[name] = larger
-        self._arrays["label_ids"][count:] = -1
-        self._arrays["bank_length"][count:] = 1
+            grown[name] = np.zeros((target, *array.shape[1:]), array.dtype)
+            grown[name][:count] = array
+        grown["label_ids"][count:] = -1
+        grown["bank_length"][count:] = 1
+        self._arrays = grown  # all of them or, where memory ends, none
         self._free.extend(range(target - 1, count - 1, -1))
 
     def _publish(self) -> None:

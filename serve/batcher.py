@@ -29,7 +29,7 @@ from typing import Protocol
 
 from serve.errors import Failure
 from serve.plan import BatchLimits, company
-from serve.readout import Result
+from serve.readout import NotFinite, Result
 from serve.tokenize import Encoded
 
 log = logging.getLogger(__name__)
@@ -335,14 +335,17 @@ class Batcher:
         return batch
 
     def _answers(self, encoded: Sequence[Encoded]) -> list[Result | Exception]:
-        """Run a batch in a worker's thread; what fails, fails for the rows of its task only."""
+        """Run a batch in a worker's thread; what fails, fails for the rows of its task only, and
+        what is not finite for its own row."""
         try:
             return list(self._run(encoded))
         except Exception as error:  # delivered to the requests that it concerns
             groups: dict[int, list[int]] = {}
             for index, item in enumerate(encoded):
                 groups.setdefault(id(item.task), []).append(index)
-            if len(groups) == 1:
+            if len(groups) == 1 and isinstance(error, NotFinite) and len(encoded) > 1:
+                groups = {index: [index] for index in range(len(encoded))}  # not all rows are so
+            elif len(groups) == 1:
                 if isinstance(error, Failure):
                     log.error("task '%s': %s", encoded[0].task.name, error)
                 else:

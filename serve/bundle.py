@@ -211,7 +211,7 @@ def _parse(folder: Path, path: Path, document: Any) -> Bundle:
         for name, record in document["tasks"].items():
             bundle.tasks[name] = make_task(name, record, header)
             _check_path(bundle.tasks[name].prompt)
-    except (UserError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise Failure(f"{path} is not valid: {what}; export the bundle again") from None
     return bundle
@@ -346,6 +346,10 @@ def _write_without(bundle: Bundle, old: Task | None) -> None:
     Servers that run have not heard of it yet: requests that they accepted, and tasks that gave way
     in their bank, need the old prompt for a while.
     """
+    if bundle.has_other_graphs(load(bundle.folder, verify=False)):  # an export takes no lock
+        raise Failure(
+            f"{bundle.folder} was exported again meanwhile: give the same command once more"
+        )
     if old is not None:
         with suppress(OSError):  # another user's file
             os.utime(bundle.folder / old.prompt)  # its hour begins now, not when it was made

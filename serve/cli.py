@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import math
@@ -129,7 +130,7 @@ def _convert(field: dataclasses.Field[Any], kind: type, value: Any, flag: str) -
         if kind is int and isinstance(value, float):
             raise ValueError
         result = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         word = {int: "a whole number", float: "a number", str: "text"}.get(kind)
         raise UserError(f"{flag} takes {word or f'a {kind.__name__}'}, not {shown}") from None
     meta = field.metadata
@@ -292,6 +293,8 @@ def _open_streams() -> None:
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale has no letter for is spelt out
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _flushed(code: int) -> int:

@@ -115,7 +115,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist: check the path")
     try:
         return json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{path} is not valid JSON ({error}): it is damaged, make it again") from None
 
 

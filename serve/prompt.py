@@ -19,6 +19,32 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]
 
 
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # safetensors' names, and numpy's
+
+
+def read_arrays(data: bytes, source: str) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file's bytes, in their own precision.
+
+    As `safetensors.numpy.load`, which fails at bfloat16: numpy has no such type.
+
+    Raises:
+        UserError: numbers of a type that is not read. SafetensorError, ValueError: no such file.
+    """
+    from safetensors import deserialize
+
+    arrays = {}
+    for name, entry in deserialize(data):
+        kind, raw = entry["dtype"], entry["data"]
+        if kind == "BF16":  # the upper half of a float32
+            value = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        elif kind in _FLOATS:
+            value = np.frombuffer(raw, _FLOATS[kind])
+        else:
+            raise UserError(f"{source}: '{name}' is of type {kind}: save it as F32, F16 or BF16")
+        arrays[name] = value.reshape(entry["shape"])
+    return arrays
+
+
 def parse_prompt(data: bytes, bundle: Bundle, source: str) -> dict[str, np.ndarray]:
     """The arrays of a prompt file's bytes, as float32, with shapes checked (see `read_prompt`).
 
@@ -26,10 +52,11 @@ def parse_prompt(data: bytes, bundle: Bundle, source: str) -> dict[str, np.ndarr
         Failure: the bytes are not safetensors, or the shapes are not the backbone's.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
 
     try:
-        arrays = parse(data)
+        arrays = read_arrays(data, source)
+    except UserError as error:
+        raise Failure(str(error)) from None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{source} is not a safetensors file ({error}): make it again") from None
     try:

@@ -11,6 +11,10 @@ from serve.errors import Failure
 from serve.tokenize import Encoded
 
 
+class NotFinite(Failure):
+    """A logit is no number, or infinite, as when half precision overflows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The answer for one text.
@@ -34,10 +38,10 @@ def read_out(batch: Sequence[Encoded], logits: np.ndarray) -> list[Result]:
     """Probabilities and labels of one batch's logits [B, C].
 
     Raises:
-        Failure: the logits are not finite, as when half precision overflows.
+        NotFinite: a row's logits are not.
     """
     if not np.isfinite(logits).all():
-        raise Failure("the graph's logits are not finite: serve another --precision")
+        raise NotFinite("the graph's logits are not finite: serve another --precision")
     heat = np.array([item.task.temperature for item in batch], np.float32)
     scaled = logits / heat[:, None]
     scaled -= scaled.max(axis=1, keepdims=True)

@@ -76,7 +76,7 @@ def serve_forever(
         date_header=False,
         limit_concurrency=_CONNECTIONS,
         backlog=2048,
-        timeout_graceful_shutdown=max(1, round(limits.drain)),
+        timeout_graceful_shutdown=limits.drain,  # type: ignore[arg-type]  # a fraction will do
     )
     server = _Server(config, app, listener)
     with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

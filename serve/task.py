@@ -14,7 +14,9 @@ from serve.errors import UserError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # of a task: also a URL segment and a file name
 
-COOLEST, HOTTEST = 1e-6, 1e6  # temperatures; a logit divided by one is within single precision
+# Of temperatures. A logit divided by the lowest is within single precision; the score of what is no
+# class, -6e4 in half precision, divided by the highest still is one of no chance.
+COOLEST, HOTTEST = 1e-6, 1e3
 
 
 @dataclass(frozen=True)

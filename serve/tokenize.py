@@ -86,7 +86,7 @@ class Encoder:
                 ids = self._tokenizer.encode(start, add_special_tokens=False).ids
             if not self._special.isdisjoint(ids):
                 ids = [self._unknown if number in self._special else number for number in ids]
-            cut = len(ids) > room or len(start) < len(text)
+            cut = len(ids) > room or bool(text[len(start) :].strip())  # white space is no loss
             result.append(Encoded([*task.prefix_ids, *ids[:room], *task.suffix_ids], cut, task))
         return result
 

@@ -5,7 +5,8 @@
   (uvicorn#2722); a server may ignore the offer (RFC 9110, 7.8), and this one does.
 - A head is bounded in bytes. The parser joins what it has of a header with each piece that comes,
   which takes the event loop a time that grows with the square of the header's length.
-- A head is bounded in seconds. uvicorn's only clock runs between two requests.
+- A head is bounded in seconds, and so is a client's silence while answers wait for it to read
+  them. uvicorn's only clock runs between two requests.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Wire(HttpToolsProtocol):
 
     def __init__(self, *, deadline: float, **rest: Any) -> None:
         """Args:
-        deadline: seconds in which the head of a request has to arrive.
+        deadline: seconds in which the head of a request has to arrive, and after which a client
+            that does not read its answers is given up.
         rest: of uvicorn's.
         """
         super().__init__(**rest)
         self._deadline = deadline
         self._clock: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None  # runs while more is written than is read
         self._spare = 0  # bytes since the last that got a request further
         self._begun = False  # a head has, and is not complete
         self._in_body = False
@@ -56,7 +59,29 @@ class Wire(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self._has_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        self._has_read()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()  # closes, once the client has read the rest
+        self._wait_for_reader()
+
+    def _wait_for_reader(self) -> None:
+        if self._unread is None:
+            self._unread = self.loop.call_later(self._deadline, self.transport.abort)
+
+    def _has_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _wind(self) -> None:
         if self._clock is None:

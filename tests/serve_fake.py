@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from serve.errors import Failure, UserError
 from serve.plan import BatchLimits
-from serve.readout import Result
+from serve.readout import NotFinite, Result
 from serve.task import Task
 from serve.tokenize import Encoded
 
@@ -65,6 +65,7 @@ class FakeClassifier:
         self.gate.set()
         self.batches: list[list[Encoded]] = []
         self.broken: set[str] = set()  # tasks that fail
+        self.overflowing: set[int] = set()  # lengths of rows whose answer is not finite
 
     def run(self, batch: Sequence[Encoded]) -> list[Result]:
         self.batches.append(list(batch))
@@ -72,6 +73,8 @@ class FakeClassifier:
         for item in batch:
             if item.task.name in self.broken:
                 raise Failure(f"the prompt of {item.task.name} is damaged")
+            if len(item.ids) in self.overflowing:
+                raise NotFinite("the graph's logits are not finite")
         return [answer(item) for item in batch]
 
     def warm(self) -> None:

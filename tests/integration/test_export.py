@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from conftest import make_tiny_t5
+from safetensors.torch import save_file
 
 import exporter.export as export_module
 from exporter import edit, verify
@@ -368,6 +369,7 @@ def test_add_refuses_what_the_bundle_cannot_serve(prefix: Exported, tmp_path: Pa
         (film, {"backbone_sha256": "0" * 64}, "was trained on backbone"),
         (Prompt({"prompt_embeddings": torch.ones(7, 32)}, film.task), {}, "1 to 6 prompt tokens"),
         (film, {"words": ["great", "abysmal"]}, "'abysmal' is 7 tokens"),
+        (film, {"backbone_sha256": True}, "'backbone_sha256' must be text"),
     ]
     save_prompt(film, tmp_path / "named", prefix.backbone)
     before = (prefix.folder / "bundle.json").read_bytes()
@@ -379,6 +381,11 @@ def test_add_refuses_what_the_bundle_cannot_serve(prefix: Exported, tmp_path: Pa
         with pytest.raises(UserError, match=message) as caught:
             edit.add(prefix.folder, source)
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+    save_file({"lora": torch.ones(2, 32)}, tmp_path / "1" / "adapter_model.safetensors")
+    task = json.loads((tmp_path / "named" / "task.json").read_text())
+    (tmp_path / "1" / "task.json").write_text(json.dumps(task))
+    with pytest.raises(UserError, match=rf"{tmp_path}/1: the prompt has no 'prompt_embeddings'"):
+        edit.add(prefix.folder, tmp_path / "1")
     with pytest.raises(UserError, match=r"'!!!' cannot be made a task's name.* --name$"):
         edit.add(prefix.folder, tmp_path / "named", "!!!")
     assert (prefix.folder / "bundle.json").read_bytes() == before

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve import bank as module
 from serve.bank import Bank
 from serve.task import Task
 
@@ -19,14 +20,19 @@ def film(**changes: Any) -> Task:
     return Task(**values | changes)
 
 
-def bank_of_lengths(**settings: Any) -> Bank:
-    """Of constants that are a task's name in numbers, and a prompt of 4."""
+def bank_of_lengths(memory: int = 1 << 20, **settings: Any) -> Bank:
+    """Of constants that are a task's name in numbers, and a prompt of 4; a task takes 8 bytes."""
     return Bank(
         {"bank_states": ((2,), np.float32)},
         lambda task: {"bank_states": np.full(2, len(task.name)), "bank_length": np.array(4)},
-        memory=1 << 20,
+        memory=memory,
         **settings,
     )
+
+
+def states_of(bank: Bank, task: Task) -> float:
+    with bank.lend([task]) as view:
+        return float(view.inputs["bank_states"].numpy()[view.slots[0], 0])
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
@@ -72,3 +78,44 @@ def test_a_dropped_task_stays_where_it_came_back_before_its_last_batch_ended(bac
     assert len(bank) == int(back)
     with bank.lend([film()]):
         assert bank.misses == (1 if back else 2)
+
+
+def test_a_copy_to_the_device_that_fails_leaves_nobody_anothers_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's copies are new memory, of which there may be none while batches hold the old."""
+    copy, failures = module.on_device, [False]
+
+    def on_gpu(array: np.ndarray, device: str) -> Any:
+        if failures[0]:
+            raise RuntimeError("out of memory")
+        return copy(array.copy(), "cpu")
+
+    monkeypatch.setattr(module, "on_device", on_gpu)
+    bank = bank_of_lengths(memory=8)
+    assert bank.capacity == 1 and states_of(bank, film()) == 4
+    failures[0] = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            states_of(bank, film(name="food with salt"))
+    failures[0] = False
+    assert states_of(bank, film(name="food with salt")) == 14
+    assert states_of(bank, film()) == 4 and len(bank) == 1
+
+
+def test_a_bank_that_cannot_grow_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of_lengths(first_slots=1)
+    assert states_of(bank, film()) == 4
+    with monkeypatch.context() as patch:
+        zeros, calls = np.zeros, []
+
+        def zeros_until_memory_ends(*given: Any, **named: Any) -> np.ndarray:
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
+            return zeros(*given, **named)
+
+        patch.setattr(np, "zeros", zeros_until_memory_ends)
+        with pytest.raises(MemoryError):
+            states_of(bank, film(name="food with salt"))
+    assert [states_of(bank, film(name=name)) for name in ("food with salt", "film")] == [14, 4]

@@ -211,6 +211,18 @@ def test_a_graph_that_answers_differently_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_tasks_than_fit_a_batch_of_the_bundles_own(tmp_path: Path) -> None:
+    """The last batch has no task as wide as the widest of all, and the bundle's logits are narrower
+    there than the repository's."""
+    made = toy.make_bundle(tmp_path / "b")
+    wide = ["bad", "good", "nice", "dull"]
+    toy.add(made, "a", wide, wide, toy.prompt_of(1))
+    for number in range(32):
+        toy.add(made, f"z{number}", ["n", "p"], ["bad", "good"], toy.prompt_of(number))
+    export_triton(made, tmp_path / "r", Settings(threads=1))
+    assert_answers(Triton(tmp_path / "r"), made)
+
+
 def test_a_bundle_without_tasks_is_refused(tmp_path: Path) -> None:
     made = toy.make_bundle(tmp_path / "b")
     for name in ("film", "food"):

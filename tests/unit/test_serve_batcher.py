@@ -12,6 +12,7 @@ from serve_queue import FILM, FOOD, rows, run, send, settle
 
 from serve.batcher import Batcher, ClientGone, DeadlinePassed, QueueFull, TooManyTexts
 from serve.errors import Failure
+from serve.readout import NotFinite
 from serve.tokenize import Encoded
 
 
@@ -214,6 +215,23 @@ def test_a_broken_task_fails_alone() -> None:
         await busy
         assert await good == [answer(item) for item in rows(2, 3)]
         with pytest.raises(Failure, match="food"):
+            await bad
+
+    run(story)
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        fake.gate.clear()
+        busy = send(batcher, rows(1))
+        await settle()
+        fake.overflowing.add(7)
+        good, bad, also = send(batcher, rows(2, 3)), send(batcher, rows(7)), send(batcher, rows(5))
+        fake.gate.set()
+        await busy
+        assert await good == [answer(item) for item in rows(2, 3)]
+        assert await also == [answer(item) for item in rows(5)]
+        with pytest.raises(NotFinite):
             await bad
 
     run(story)

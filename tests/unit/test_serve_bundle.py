@@ -282,6 +282,27 @@ def test_removing_a_task(folder: Path) -> None:
         bundle.remove_task(folder, "film")
 
 
+def test_a_bundle_that_was_exported_again_is_not_overwritten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = bundle.check_prompt
+
+    def meanwhile(*given: Any) -> Any:
+        """The exporter's rename falls between the writer's reading and its writing."""
+        monkeypatch.setattr(bundle, "check_prompt", check)
+        fresh = toy.make_bundle(tmp_path / "fresh", max_tokens=32)
+        folder.rename(tmp_path / "old")
+        fresh.rename(folder)
+        return check(*given)
+
+    monkeypatch.setattr(bundle, "check_prompt", meanwhile)
+    with pytest.raises(Failure, match="was exported again meanwhile"):
+        toy.add(folder, "new", ["n", "p"], ["bad", "good"], toy.prompt_of(9))
+    assert sorted(bundle.load(folder).tasks) == ["film", "food"]
+    toy.add(folder, "new", ["n", "p"], ["bad", "good"], toy.prompt_of(9))
+    assert sorted(bundle.load(folder).tasks) == ["film", "food", "new"]
+
+
 @pytest.mark.parametrize("stage", ["atomic_write", "write_json"])
 def test_a_writer_that_dies_leaves_the_bundle_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str

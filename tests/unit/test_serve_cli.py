@@ -111,6 +111,18 @@ def test_mistakes_exit_with_2_and_one_line(folder: Path, call, arguments, messag
     assert message in outcome.err and outcome.err.count("\n") == 1
 
 
+def test_a_label_that_the_output_has_no_letter_for_is_spelt_out(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    toy.add(folder, "sun", ["\u2600", "\u2601"], ["bad", "good"], toy.prompt_of(1))
+    done = subprocess.run(
+        [sys.executable, "-m", "serve", "classify", str(folder), "--task", "sun"],
+        input=b"good\n", capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\u260" in done.stdout
+
+
 def test_a_damaged_bundle_exits_with_1_and_names_the_file(tmp_path: Path, call) -> None:
     folder = toy.make_bundle(tmp_path / "b")
     (folder / "weights.data").write_bytes(b"")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.errors import UserError
-from serve.files import atomic_folder, atomic_write, text_chunks
+from serve.errors import Failure, UserError
+from serve.files import atomic_folder, atomic_write, read_json, text_chunks
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/.."])
@@ -28,6 +28,13 @@ def test_a_folder_without_a_name_of_its_own_is_not_replaced(
         pytest.fail("a file was given")
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert found == {"here", "here/a", "here/kept"}
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", "[" * 10**5, '{"size": ' + "1" * 5000 + "}"])
+def test_what_is_not_json_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(Failure, match=r"a\.json is not valid JSON \(.*\): it is damaged"):
+        read_json(tmp_path / "a.json")
 
 
 def test_a_relative_folder_is_replaced_whole(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -50,7 +51,7 @@ class Client:
             return b""
 
 
-Connect: TypeAlias = Callable[[], Awaitable[Client]]
+Connect: TypeAlias = Callable[..., Awaitable[Client]]
 
 
 def over_sockets(
@@ -75,8 +76,12 @@ def over_sockets(
         server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
 
-        async def connect() -> Client:
-            return Client(*await asyncio.open_connection("127.0.0.1", port, limit=2**22))
+        async def connect(limit: int = 2**22) -> Client:
+            end = socket.socket()
+            if limit < 2**16:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, limit)
+            end.connect(("127.0.0.1", port))
+            return Client(*await asyncio.open_connection(sock=end, limit=limit))
 
         try:
             await asyncio.wait_for(story(connect, fake), 20)
@@ -320,6 +325,19 @@ def test_requests_that_come_in_time_are_not_cut_off() -> None:
             assert (await client.answer())[0] == 200
 
     over_sockets(story, deadline=0.4, keep_alive=2)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_client_that_does_not_read_its_answers_is_given_up(reads: bool) -> None:
+    async def story(connect: Connect, fake: FakeClassifier) -> None:
+        client = await connect(limit=4096)
+        await client.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        if not reads:
+            await asyncio.sleep(1.5)
+        got = await client.rest()
+        assert (got.count(b"HTTP/1.1 200") == 600) == reads
+
+    over_sockets(story, deadline=0.3, keep_alive=1)
 
 
 def test_a_half_head_behind_a_request_does_not_cost_it_its_answer() -> None:
