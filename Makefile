@@ -45,7 +45,7 @@ test: lint $(VENV)/triton
 	exit $$((first || second))
 
 demo: $(VENV)/ready
-	$(BIN)/python -m demo
+	$(BIN)/python -m demo $(if $(filter runs/quickstart,$(OUT)),,$(OUT)/bundle)
 
 serve: $(VENV)/ready
 	$(BIN)/python -m serve http $(OUT)/bundle

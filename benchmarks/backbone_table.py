@@ -34,9 +34,11 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks import topic_sets
 from serve.cli import Command, as_json, main, option
 from serve.errors import UserError
+from serve.files import sha256
 from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples, load_task
+from trainer.embed import weights_mark
 from trainer.few_shot import draw_few_shot
 from trainer.finetune import finetune
 from trainer.loop import RunOptions
@@ -266,7 +268,10 @@ def run_table(config: TableConfig) -> None:
 def settings(config: TableConfig) -> dict[str, Any]:
     """What a figure depends on besides its method, task and seed."""
     values = {**as_json(config), "backbone": weights_hash(backbone_folder(config.backbone))}
-    for name in ("out", "data_dir", "teacher", "recipe", "methods", "tasks", "seeds"):
+    # Of the sentence encoder and of the recipe what they hold counts, of the data where they lie.
+    values["teacher"] = weights_mark(config.teacher)[:16] if config.teacher else ""
+    values["recipe"] = sha256(config.recipe)[:16] if config.recipe else ""
+    for name in ("out", "methods", "tasks", "seeds"):
         del values[name]
     return values
 

@@ -134,7 +134,11 @@ async def open_loop(
         while free and (connection is None or connection.closed):
             connection = free.pop()  # the server closes what has been idle for seconds
         if connection is None or connection.closed:
-            _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
+            try:
+                _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
+            except OSError:
+                sample.lost += 1
+                return
         await _one(connection, requests, number, sample, planned)
         free.append(connection)
 

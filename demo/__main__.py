@@ -32,7 +32,10 @@ class DemoConfig:
     )
     precision: str = option("fp32", help="fp32, int8, fp16: one that the bundle has")
     threads: int | None = option(
-        None, help="threads; default: the physical cores", minimum=1, maximum=MOST_THREADS
+        None,
+        help="threads of an answer; default: the physical cores",
+        minimum=1,
+        maximum=MOST_THREADS,
     )
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     port: int | None = option(
@@ -106,6 +109,9 @@ def run_demo(config: DemoConfig) -> int:
     if auth is None and config.share:
         log.warning("--share without --auth: whoever has the address can use this machine")
     page = build_page(room)
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own address whether it is there
+        given = [os.environ.get(name), "localhost", "127.0.0.1", "::1", config.host]
+        os.environ[name] = ",".join(filter(None, given))
     try:
         local, public = open_page(
             page, room, server_name=config.host, server_port=config.port, auth=auth,

@@ -79,7 +79,8 @@ def figures(
         accuracy with its 95 % interval, macro_f1, calibration_error, loss, rows, labels,
         confusion [C][C] (rows are the true classes), per_class precision, recall, f1, support.
     """
-    probabilities = (scores.double() / temperature).softmax(-1).numpy()
+    logs = (scores.double() / temperature).log_softmax(-1).numpy()
+    probabilities = np.exp(logs)
     predicted = probabilities.argmax(-1)
     classes = len(names)
     confusion = np.zeros((classes, classes), dtype=np.int64)
@@ -91,14 +92,14 @@ def figures(
     both = precision + recall
     f1 = np.divide(2 * precision * recall, both, out=np.zeros(classes), where=both > 0)
     present = (truth + said) > 0  # a class neither there nor predicted has no F1
-    chosen = probabilities[np.arange(len(labels)), labels]
+    chosen = logs[np.arange(len(labels)), labels]
     return {
         "rows": len(labels),
         "accuracy": float(hits.sum() / max(1, len(labels))),
         "accuracy_interval": list(accuracy_interval(int(hits.sum()), len(labels))),
         "macro_f1": float(f1[present].mean()) if present.any() else 0.0,
         "calibration_error": calibration_error(probabilities.max(-1), predicted == labels),
-        "loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+        "loss": float(-chosen.mean()),
         "labels": list(names),
         "confusion": confusion.tolist(),
         "per_class": {

@@ -42,7 +42,10 @@ class Score:
     more: dict[str, float] = field(default_factory=dict)
 
     def better_than(self, other: Score | None, by: str = "accuracy") -> bool:
-        """Whether this is the new best; between equals the other figure decides."""
+        """Whether this is the new best; between equals the other figure decides. What has no
+        finite loss is none: one answer to everything, which may be right by chance."""
+        if not math.isfinite(self.loss):
+            return False
         if other is None:
             return True
         if by == "loss":

@@ -92,13 +92,19 @@ def _fresh(result: Path, config: Any, inputs: Sequence[Path] = ()) -> bool:
     run = _record_of(result)
     if not result.exists() or not run.is_file():
         return False
-    made = run.stat().st_mtime_ns
-    if any(_record_of(path).stat().st_mtime_ns > made for path in inputs):
+    written = run.stat().st_mtime_ns
+    if any(_record_of(path).stat().st_mtime_ns > written for path in inputs):
         return False
     try:
-        return json.loads(run.read_text()).get("config") == as_json(config)
+        made = json.loads(run.read_text())
     except ValueError:
         return False
+    if weights := made.get("backbone_sha256"):  # the name may be the same, and the model another
+        from trainer.backbone import backbone_folder, weights_hash
+
+        if weights != weights_hash(backbone_folder(config.backbone)):
+            return False
+    return made.get("config") == as_json(config)
 
 
 def _stage(
@@ -211,8 +217,8 @@ def _export(config: QuickstartConfig, files: Files) -> None:
     # The MetaPT start goes along: the demo compares with it, and teaches from it.
     prompts = [files.prompt(task, start) for task in TASKS for start in STARTS] + [files.metapt]
     newest = max((prompt / "task.json").stat().st_mtime for prompt in prompts)
-    ready = files.bundle / "bundle.json"
-    if ready.is_file() and ready.stat().st_mtime > newest:
+    parts = [files.bundle / name for name in ("bundle.json", "bonnet.json")]  # as they are written
+    if all(part.is_file() and part.stat().st_mtime > newest for part in parts):
         log.info("== export to ONNX: there already")
         return
     log.info("== export to ONNX")

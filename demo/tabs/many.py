@@ -40,11 +40,12 @@ def classify_all(
     The table's columns: row (from 1), text, label, confidence, one per label, and `cut`: whether
     only the beginning of the text was read.
     """
-    labels = room.task(session, name).labels
+    task = room.task(session, name)  # one for all texts: a lesson may replace it meanwhile
+    labels = task.labels
     results = []
     for start in range(0, len(texts), _CHUNK):
         chunk = [text[:MAX_TEXT] for text in texts[start : start + _CHUNK]]
-        results += room.classify(session, chunk, name).results
+        results += room.answer(chunk, [task] * len(chunk)).results
         yield len(results), None
     table = pd.DataFrame(
         {
@@ -193,7 +194,7 @@ def build(room: Room) -> ManyTab:
                 line = f"{done:,} texts in {spent}: {rate:,.0f} a second"
                 if cut := int(table["cut"].sum()):
                     line += f"; of {cut:,} only the beginning was read"
-                labels = room.task(session, name).labels
+                labels = [column[2:-1] for column in table if str(column).startswith("p(")]
                 colours = dict(zip(labels, _COLOURS * 9, strict=False))
                 with handed_over(write_csv(table, name)) as path:
                     yield (

@@ -86,7 +86,7 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
     texts = sheet.column(sheet.guess(TEXT_NAMES, not_this=label_column))
     groups: dict[str, list[str]] = {}
     for text, label in zip(texts, sheet.column(label_column), strict=True):
-        groups.setdefault(label.strip(), []).append(" ".join(text.split()))
+        groups.setdefault(" ".join(label.split()), []).append(" ".join(text.split()))
     if mixed := next((label for label in groups if "," in label), None):
         raise UserError(f"The label “{mixed}” contains a comma. Rename it in the file.")
     labels = parse_labels("\n".join(groups))

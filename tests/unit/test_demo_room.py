@@ -119,6 +119,19 @@ def test_teaching_a_name_again_replaces_the_task(room: Room) -> None:
     assert abs(room.classify("ada", [TEXT], "side").results[0].score - first) > 1e-4
 
 
+def test_one_table_is_of_one_prompt_though_a_lesson_replaces_it(room: Room) -> None:
+    teach(room, "ada", "side", seed=5)
+    alone = room.classify("ada", [TEXT], "side").results[0]
+    rows = classify_all(room, "ada", [TEXT] * 600, "side")
+    next(rows)
+    record = toy.record(["up", "down"], ["nice", "dull"])
+    room.add("ada", "side", record, {"prompt_embeddings": toy.prompt_of(9)})
+    table = list(rows)[-1][1]
+    assert table is not None
+    assert set(table["label"]) == {alone.label} and len(table) == 600
+    assert table["p(left)"].nunique() == 1
+
+
 def test_nobody_waits_for_the_variants_of_a_task(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:

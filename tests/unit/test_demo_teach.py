@@ -191,6 +191,8 @@ def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
     path = tmp_path / "lesson.csv"
     path.write_text("label,text\nyes,I agree\nno,never\nyes,of\u00a0course\n")
     assert fields_of_file(str(path), room) == (["yes", "no"], ["I agree\nof course", "never"])
+    path.write_text('label,text\n"very\nsad",I cry\nglad,I sing\nvery sad,I weep\n')
+    assert fields_of_file(str(path), room) == (["very sad", "glad"], ["I cry\nI weep", "I sing"])
     path.write_text("text\nonly texts\n")
     with pytest.raises(UserError, match="two columns"):
         fields_of_file(str(path), room)

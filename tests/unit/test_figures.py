@@ -34,6 +34,8 @@ def test_figures_equal_scikit_learn() -> None:
     want = torch.nn.functional.cross_entropy(scores / 2, torch.from_numpy(labels))
     assert got["loss"] == pytest.approx(float(want), rel=1e-5)
     assert "macro-F1" in as_table(got)
+    sure = figures(torch.tensor([[0.0, 40.0]]), np.array([0]), ["a", "b"])
+    assert sure["loss"] == pytest.approx(40)
 
 
 def test_calibration_error_equals_a_plain_loop() -> None:

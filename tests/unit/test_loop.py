@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,14 @@ def test_equal_accuracy_is_decided_by_loss() -> None:
     loop = scripted([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9)], patience=9)
     loop.run()
     assert loop.state.best_step == 1
+
+
+@pytest.mark.parametrize("best_by", ["accuracy", "loss"])
+def test_what_has_no_finite_loss_is_not_kept(best_by: str) -> None:
+    """Its answers are all the first class, which may be right more often than before."""
+    loop = scripted([(0.5, 1.0), (0.4, 0.9), (0.9, math.nan)], patience=9, best_by=best_by)
+    loop.run()
+    assert loop.state.best_step == (0 if best_by == "accuracy" else 1)
 
 
 def test_the_objective_can_decide_what_is_kept() -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, labelled_pool, labelled_rows
 from trainer.pretraining.texts import HeldOut, pick, sentences
@@ -64,6 +64,16 @@ def test_a_held_out_sentence_is_found_in_whatever_is_joined(tmp_path: Path) -> N
         'columns = { polarity = ["label", { 0 = 0, 1 = 1 }] }\n'
     )
     entry = load_recipe(tmp_path / "recipe.toml", tmp_path).labelled[0]
+    for wrong, error, said in (
+        ('[[plain]]\nfile = "a.parquet"\ndocuments = "many"\n', UserError, "not as described"),
+        ('held_out = ["b.parquet"]\n', UserError, "has no column 'text', which"),
+        ('held_out = ["c.parquet"]\n', Failure, "is damaged or no Parquet file"),
+    ):
+        pq.write_table(pa.table({"body": [document]}), tmp_path / "b.parquet")
+        (tmp_path / "c.parquet").write_bytes(b"PAR1")
+        (tmp_path / "wrong.toml").write_text(wrong)
+        with pytest.raises(error, match=said):
+            load_recipe(tmp_path / "wrong.toml", tmp_path)
     count = 0
     for seed in range(40):
         for text, *_ in labelled_rows(entry, held, np.random.default_rng(seed)):

@@ -304,6 +304,22 @@ def test_a_run_is_not_resumed_with_other_settings(tokenizer: Tokenizer, tmp_path
     begin(1, resume=True)
 
 
+def test_a_run_that_diverged_keeps_its_last_checkpoint(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state.safetensors"
+    t5, auxiliary, mixture = setting(tokenizer)
+    train(t5, auxiliary, mixture, None, SCHEDULE, tmp_path, workers=1, stop_after=2)
+    before = state.read_bytes()
+    with torch.no_grad():
+        t5.model.shared.weight.mul_(1e30)
+    monkeypatch.setattr("trainer.pretraining.train.load_state", lambda *_: Progress(step=2))
+    with pytest.raises(Failure, match="the gradient is not finite at step 2: lower --rate"):
+        train(t5, auxiliary, mixture, None, SCHEDULE, tmp_path, workers=1, resume=True,
+              checkpoint_seconds=0)  # fmt: skip
+    assert state.read_bytes() == before
+
+
 def test_unlabelled_recipe_is_refused(tokenizer: Tokenizer) -> None:
     plain = {"windows": pools()["windows"]}
     with pytest.raises(UserError, match="polarity"):

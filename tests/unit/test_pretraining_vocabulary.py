@@ -70,6 +70,12 @@ def test_same_segmentation_as_teacher(student: Tokenizer) -> None:
     assert table[3] == table[102] == theirs.token_to_id("[MASK]")
 
 
+def test_a_teacher_of_another_vocabulary_is_refused(student: Tokenizer) -> None:
+    other = Tokenizer(WordPiece({"[PAD]": 0, "[UNK]": 1, "[SEP]": 2, "[MASK]": 3}))
+    with pytest.raises(UserError, match=r"teacher's vocabulary has no '.*': pass the --teacher"):
+        teacher_ids(student, other)
+
+
 def test_vocabulary_too_small_is_refused() -> None:
     with pytest.raises(UserError, match="--vocab-size"):
         choose_pieces(TEXTS, teacher(), 50, label_words())

@@ -72,6 +72,7 @@ def test_table2_and_figures_share_the_runs_of_table1() -> None:
     assert {settings_hash(run.settings) for run in k if run.x == 10} <= first
     sizes = make_plan(ReproduceConfig(what="figure3a", methods=["metapt"]), FACTS)
     assert [run.x for run in sizes[::5]] == [1000, 2000, 3000]
+    assert {settings_hash(run.settings) for run in sizes if run.x == 3000} <= first
     samples = make_plan(ReproduceConfig(what="figure2", methods=["ft"]), FACTS)
     assert [run.settings["train"] for run in samples[::5]] == [10 * 2**i for i in range(9)]
 
@@ -114,7 +115,13 @@ def test_the_encoder_is_part_of_what_it_groups_and_of_nothing_else() -> None:
     assert [row for row in first if first[row] != second[row]] == ["SetFit (all-MiniLM-L6-v2)"]
 
 
-def test_an_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
+def test_a_source_has_no_more_rows_than_it_has() -> None:
+    config = ReproduceConfig(what="figure3a", methods=["metapt"], sizes=[1000, 10**9])
+    with pytest.raises(UserError, match=r"--sizes 1000000000: the source has \d+ rows"):
+        make_plan(config, FACTS)
+
+
+def test_an_encoder_is_known_by_its_files(tmp_path: Path) -> None:
     assert encoder_mark(None) == encoder_mark("sentence-transformers/all-MiniLM-L6-v2")
     assert encoder_mark("someone/e5-small") == "someone/e5-small"
     marks = []

@@ -60,6 +60,30 @@ def test_tests_that_say_nothing_are_none() -> None:
     assert compare("A", "B", same, {("b", 0, 1): 1.0}) is None
 
 
+def test_equal_differences_are_ties_whatever_the_quotients() -> None:
+    """100 * hits / 1101 is exact to fourteen digits; the tests' judge is scipy on the counts."""
+    from scipy import stats
+
+    rows = 1101
+    first = [410, 415, 420, 433, 441, 398, 402, 417, 409, 428]
+    second = [407, 418, 417, 430, 444, 395, 405, 414, 403, 422]
+    keys = [("a", 0, seed) for seed in range(10)]
+    values = [
+        {key: 100 * hits / rows for key, hits in zip(keys, part, strict=True)}
+        for part in (first, second)
+    ]
+    found = compare("A", "B", *values)
+    counts = np.subtract(first, second)
+    assert found is not None
+    assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(counts).pvalue)
+    constant = [
+        {key: 100 * (hits + more) / rows for key, hits in zip(keys[:3], first, strict=False)}
+        for more in (3, 0)
+    ]
+    found = compare("A", "B", *constant)
+    assert found is not None and found.t_p is None
+
+
 def grid_of(
     what: str, cells: dict[tuple[str, str, str, int, int], float], modes: list[str]
 ) -> Grid:

@@ -312,10 +312,13 @@ def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
         schedule = JudgeSchedule(epochs=config.judge_epochs, tokens=config.judge_tokens,
                                  rate=config.judge_rate)  # fmt: skip
         checkpoint = folder.with_name(folder.name + ".run") / "state.safetensors"
+        if checkpoint.is_file() and not config.resume:
+            raise UserError(f"{checkpoint} is of a stopped judge: pass --resume, or remove it")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         train_judge(judge, given, schedule, config.seed + number, workers, checkpoint,
                     resume=config.resume and checkpoint.is_file(), half=_half(config))  # fmt: skip
         save_judge(judge, tokenizer, folder)
+        checkpoint.unlink(missing_ok=True)
     judges = [_on_device(folder) for folder in folders]
 
     def judged(texts: list[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from serve.errors import UserError
 from trainer.pretraining.asker import Asker
 from trainer.pretraining.corruption import EOS, FIRST_SENTINEL
 from trainer.pretraining.packing import pad
@@ -36,6 +37,8 @@ def read_probes(folder: Path, names: Sequence[str], rows: int = 200) -> list[Pro
     probes = []
     for name in names:
         table = pq.read_table(folder / f"{name}.parquet").to_pandas()
+        if not {"text", "label"} <= {*table}:
+            raise UserError(f"--probes {name}: its file has no columns text and label")
         if "split" in table and len(set(table["split"]) & {"dev", "test"}):
             table = table[table["split"].isin(["dev", "test"])]
         top = 1 if table["label"].max() == 1 else 2

@@ -140,7 +140,9 @@ def train_judge(judge: Judge, given: Sequence[Document], schedule: JudgeSchedule
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule.factor(done)
             metrics = team.step(progress.step, done)
-            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            if not norm.isfinite():  # before a checkpoint is spoilt
+                raise Failure("the judge's gradient is not finite: lower --judge-rate")
             optimizer.step()
             progress.step += 1
             progress.tokens += int(metrics[:, -1].sum())

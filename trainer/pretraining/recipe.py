@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 
 COLUMNS = ("polarity", "tone", "star", "subjective", "genre", "ware", "follows")
 
@@ -74,17 +75,29 @@ def load_recipe(path: Path, folder: Path) -> Recipe:
         ]  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path}: an entry lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: an entry is not as described in the file that ships ({error})"
+                        ) from None  # fmt: skip
     recipe = Recipe(labelled, plain, [folder / name for name in data.get("held_out", [])])
     for file in [e.file for e in labelled] + [e.file for e in plain] + recipe.held_out:
         if not file.is_file():
             raise UserError(f"{file}, named by {path}, is missing: correct --data-dir")
     for entry in labelled:
-        there = pq.read_schema(entry.file).names
         read = [*entry.columns.values(), *entry.degrees.values()]
-        for source in ("text", *(source for source, _ in read)):
-            if source not in there:
-                raise UserError(f"{entry.file} has no column '{source}', which {path} reads")
+        _check_columns(entry.file, ["text", *(source for source, _ in read)], path)
+    for file in [e.file for e in plain] + recipe.held_out:
+        _check_columns(file, ["text"], path)
     return recipe
+
+
+def _check_columns(file: Path, columns: list[str], recipe: Path) -> None:
+    try:
+        there = pq.read_schema(file).names
+    except pa.ArrowInvalid as error:
+        raise Failure(f"{file} is damaged or no Parquet file ({error}): get it again") from None
+    for column in columns:
+        if column not in there:
+            raise UserError(f"{file} has no column '{column}', which {recipe} reads")
 
 
 def _labelled(entry: dict[str, Any], folder: Path) -> Labelled:

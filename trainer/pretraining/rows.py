@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 
 
 def read_rows(file: Path, limit: int | None = None, seed: int = 0) -> list[dict]:
     """Rows of a Parquet file as dictionaries; a random `limit` of them where given."""
-    table = pq.read_table(file)
+    try:
+        table = pq.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise Failure(f"{file} is damaged or no Parquet file ({error}): get it again") from None
     if "text" not in table.column_names:
         raise UserError(f"{file} has no column `text`")
     if limit is not None and limit < table.num_rows:

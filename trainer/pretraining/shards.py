@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
 from tokenizers import Tokenizer
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 from serve.files import atomic_write
 from trainer.pretraining.judge import DEGREES, NEUTRAL
 from trainer.pretraining.recipe import COLUMNS, Labelled, Plain, Recipe
@@ -256,7 +257,13 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, seed: int,
     logger.info("%d held-out sentences", len(held_out.keys))
     checker = None
     if judge is None:
-        checker = BagOfWords([row for row in document_labels(recipe) if row[0] not in held_out])
+        rows = [row for row in document_labels(recipe) if row[0] not in held_out]
+        if len({polarity for _, polarity in rows}) < 2:
+            raise UserError(
+                "the recipe has no labelled reviews of both polarities, by which sentences are "
+                "checked: add a set with a column of polarity, or pass --judge"
+            )
+        checker = BagOfWords(rows)
     pools = [labelled_pool(entry, tokenizer, held_out, checker, seed, judge)
              for entry in recipe.labelled]  # fmt: skip
     if judge is not None and (unlabelled := [entry for entry in recipe.plain if entry.judged]):
@@ -298,7 +305,11 @@ def load_pools(folder: Path) -> dict[str, Pool]:
         raise UserError(f"{path} is missing: run the backbone command with --prepare first")
     pools = {}
     for entry in json.loads(path.read_text(encoding="utf-8")):
-        data = load_file(folder / f"{entry['name']}.safetensors")
+        pool = folder / f"{entry['name']}.safetensors"
+        try:
+            data = load_file(pool)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise Failure(f"{pool} is damaged ({error}): pass --prepare") from None
         tokens, offsets, degrees = (
             data.pop("tokens"),
             data.pop("offsets"),

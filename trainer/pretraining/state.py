@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from serve.errors import UserError
+from serve.errors import Failure, UserError
 from serve.files import atomic_write
 
 
@@ -47,14 +47,17 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
     """Read what `save_state` wrote into the same modules.
 
     Raises:
-        UserError: the file is missing, or the run had other settings.
+        UserError: the file is missing, or the run had other settings. Failure: it is damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing to resume, leave --resume out")
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        progress = Progress(**json.loads(file.metadata()["progress"]))
-        before = json.loads(file.metadata().get("settings", "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+            before = json.loads(file.metadata().get("settings", "{}"))
+    except SafetensorError as error:
+        raise Failure(f"{path} is damaged ({error}): remove it to start afresh") from None
     now = json.loads(json.dumps(settings or {}))
     if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         name = other[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serve.errors import Failure
 from trainer.cpu import half_precision
 from trainer.parallel import workers as launched
 from trainer.pretraining.config import KINDS
@@ -172,8 +173,15 @@ def train(t5: FrozenT5, auxiliary: Auxiliary, mixture: Mixture, teacher: Teacher
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule.factor(progress, group["warmup"])
             metrics = team.step(progress.step, schedule.done(progress))
-            for group in optimizer.param_groups:
+            norms = [
                 torch.nn.utils.clip_grad_norm_(group["params"], schedule.clip)
+                for group in optimizer.param_groups
+            ]
+            if not all(bool(norm.isfinite()) for norm in norms):  # before a checkpoint is spoilt
+                raise Failure(
+                    f"the gradient is not finite at step {progress.step}: lower --rate and start "
+                    "anew, or go on from the last checkpoint with --resume"
+                )
             optimizer.step()
             progress.step += 1
             progress.seconds += team.agree(time.monotonic() - start)

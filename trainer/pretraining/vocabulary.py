@@ -147,6 +147,11 @@ def teacher_ids(tokenizer: Tokenizer, teacher: Tokenizer) -> list[int]:
     special = {PAD: "[PAD]", EOS: "[SEP]", UNK: "[UNK]"} | dict.fromkeys(SENTINELS, "[MASK]")
     ours = tokenizer.get_vocab()
     table = [0] * len(ours)
+    if lacking := [piece for piece in ours if special.get(piece, piece) not in theirs]:
+        raise UserError(
+            f"the teacher's vocabulary has no {lacking[0]!r}: pass the --teacher that the shards "
+            "or --start were made with"
+        )
     for piece, index in ours.items():
         table[index] = theirs[special.get(piece, piece)]
     return table

@@ -218,11 +218,14 @@ def _variants(
     if what == "figure3a":
         have = facts.sources["text"]["rows"]
         sizes = config.sizes or [*(size for size in SOURCE_SIZES if size < have), have]
+        if have and max(sizes) > have:
+            raise UserError(f"--sizes {max(sizes)}: the source has {have} rows")
         return [
             (
                 ROW_NAMES[method], method, size,
                 _source(
-                    config, facts, "text", grouping="kmeans", clusters=config.clusters, rows=size
+                    config, facts, "text", grouping="kmeans", clusters=config.clusters,
+                    rows=size if size < have else 0,  # all of it is the source of table 1
                 ),
             )
             for method in methods for size in sizes

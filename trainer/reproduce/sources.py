@@ -16,7 +16,7 @@ from serve.errors import Failure, UserError
 from serve.files import atomic_write, read_json, sha256, write_json
 from trainer.cluster import assign, repair
 from trainer.data import Examples, load_task
-from trainer.embed import DEFAULT_ID, embed, encoder_source
+from trainer.embed import DEFAULT_ID, embed, encoder_source, weights_mark
 from trainer.label import LabelConfig, run_label
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import tasks_of
@@ -178,7 +178,7 @@ def task_digest(task: str, data_dir: str | None) -> str:
 
 
 def encoder_mark(encoder: str | None) -> str:
-    """What a sentence encoder is known by: a hub id, or sixteen hex digits of a folder's weights,
+    """What a sentence encoder is known by: a hub id, or sixteen hex digits of a folder's files,
     whose path says nothing. The default is the same model wherever it comes from.
 
     Raises:
@@ -186,11 +186,8 @@ def encoder_mark(encoder: str | None) -> str:
     """
     if encoder is None:
         return DEFAULT_ID
-    folder = Path(encoder_source(encoder))
-    weights = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
-    if not weights:
-        return encoder
-    return hashlib.sha256(" ".join(map(sha256, weights)).encode()).hexdigest()[:16]
+    source = encoder_source(encoder)
+    return weights_mark(source)[:16] if Path(source).is_dir() else encoder
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int = _SEED) -> np.ndarray:

@@ -95,9 +95,11 @@ def compare(
     shared = sorted(set(values_first) & set(values_second))
     if not shared:
         return None
-    differences = np.array([values_first[key] - values_second[key] for key in shared])
+    # Accuracies are quotients: equal differences of them are equal to some fourteen digits only,
+    # and would be no ties.
+    differences = np.round([values_first[key] - values_second[key] for key in shared], 9)
     names = np.array([task for task, _, _ in shared])
-    by_task = np.array([differences[names == task].mean() for task in np.unique(names)])
+    by_task = np.round([differences[names == task].mean() for task in np.unique(names)], 9)
     low, high = bootstrap_interval(differences)
     return Comparison(
         first, second, len(shared), float(differences.mean()), low, high,
