@@ -23,8 +23,8 @@ from trainer.source import read_source
 from trainer.tables import iterate_rows
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (the extra `dev`)")
-pytest.importorskip("moto", reason="moto is not installed (the extra `dev`)")
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (the extra `store`)")
+pytest.importorskip("moto", reason="moto is not installed (the extra `store`)")
 
 SERVER = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
 WORDS = ["soup", "song", "phone", "rare"]
