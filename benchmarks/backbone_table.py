@@ -38,7 +38,7 @@ from serve.files import sha256
 from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples, load_task
-from trainer.embed import weights_mark
+from trainer.embed import encoder_digest
 from trainer.few_shot import draw_few_shot
 from trainer.finetune import finetune
 from trainer.loop import RunOptions
@@ -269,7 +269,7 @@ def settings(config: TableConfig) -> dict[str, Any]:
     """What a figure depends on besides its method, task and seed."""
     values = {**as_json(config), "backbone": weights_hash(backbone_folder(config.backbone))}
     # Of the sentence encoder and of the recipe what they hold counts, of the data where they lie.
-    values["teacher"] = weights_mark(config.teacher)[:16] if config.teacher else ""
+    values["teacher"] = encoder_digest(config.teacher)[:16] if config.teacher else ""
     values["recipe"] = sha256(config.recipe)[:16] if config.recipe else ""
     for name in ("out", "methods", "tasks", "seeds"):
         del values[name]

@@ -78,7 +78,7 @@ def load_encoder(source: str) -> Any:
         ) from None
 
 
-def weights_mark(source: str, texts: Sequence[str] = ()) -> str:
+def encoder_digest(source: str, texts: Sequence[str] = ()) -> str:
     """What an encoder, or its embeddings of texts, depend on, as 64 hex digits."""
     digest = hashlib.sha256(b"" if Path(source).is_dir() else source.encode())
     # A folder's files decide, not its path, so a moved project finds its embeddings again.
@@ -116,7 +116,7 @@ def embed(
         UserError, Failure: see `encoder_source` and `load_encoder`.
     """
     source = encoder_source(encoder)
-    path = cache_folder() / "embeddings" / f"{weights_mark(source, texts)}.npy"
+    path = cache_folder() / "embeddings" / f"{encoder_digest(source, texts)}.npy"
     if cache and path.is_file():
         try:
             found = np.load(path, allow_pickle=False)

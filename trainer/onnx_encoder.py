@@ -19,7 +19,7 @@ import numpy as np
 from serve.errors import Failure, UserError, install
 from serve.files import atomic_folder, sha256
 from trainer.cache import cache_folder
-from trainer.embed import load_encoder, weights_mark
+from trainer.embed import encoder_digest, load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def compile_encoder(source: str) -> OnnxEncoder:
     """
     if importlib.util.find_spec("onnxscript") is None:
         raise UserError(f"--engine onnx needs onnx and onnxscript: {install('exporter')}")
-    folder = cache_folder() / "encoders" / f"{weights_mark(source)[:32]}-{_FORMAT}"
+    folder = cache_folder() / "encoders" / f"{encoder_digest(source)[:32]}-{_FORMAT}"
     if found := _read(folder):
         return found
     encoder = _compile(source)

@@ -132,7 +132,7 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
     return replace(data, texts=texts, labels=data.labels[rows], clusters=data.clusters[rows])
 
 
-def _start(config: MetaConfig | PretrainConfig, backbone: Backbone, flag: str) -> Params:
+def _start(config: SourceOptions, backbone: Backbone, flag: str) -> Params:
     params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     check_rate(config.rate, config.steps, params, flag)
     return params

@@ -92,12 +92,8 @@ def run_backbone(config: BackboneConfig) -> None:
     tokenizer = load_tokenizer(shards)
     pools = load_pools(shards)
     device = team.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learned_from = config.convert or "distil" not in config.without
-    teacher = (
-        load_teacher(_teacher(config), tokenizer)
-        if learned_from and config.teacher != "none"
-        else None  # of any geometry then
-    )
+    learned_from = config.teacher != "none" and (config.convert or "distil" not in config.without)
+    teacher = load_teacher(_teacher(config), tokenizer) if learned_from else None
     topics = Topics.load(pools, shards, tokenizer) if config.topics else None
     mixture = Mixture(pools, tokenizer, config.batch_tokens, config.seed, topics=topics)
     run = out.with_name(out.name + ".run")

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from serve.errors import Failure, UserError
+from serve.errors import UserError
+from trainer.pretraining.rows import whole
 
 COLUMNS = ("polarity", "tone", "star", "subjective", "genre", "ware", "follows")
 
@@ -91,10 +91,8 @@ def load_recipe(path: Path, folder: Path) -> Recipe:
 
 
 def _check_columns(file: Path, columns: list[str], recipe: Path) -> None:
-    try:
+    with whole(file):
         there = pq.read_schema(file).names
-    except pa.ArrowInvalid as error:
-        raise Failure(f"{file} is damaged or no Parquet file ({error}): get it again") from None
     for column in columns:
         if column not in there:
             raise UserError(f"{file} has no column '{column}', which {recipe} reads")

@@ -1,5 +1,7 @@
 """Rows of Parquet files, and the classes that a recipe reads from their columns."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,19 @@ import pyarrow.parquet as pq
 from serve.errors import Failure, UserError
 
 
-def read_rows(file: Path, limit: int | None = None, seed: int = 0) -> list[dict]:
-    """Rows of a Parquet file as dictionaries; a random `limit` of them where given."""
+@contextmanager
+def whole(file: Path) -> Iterator[None]:
+    """Raises: Failure, in one line, when the Parquet file that is read within is damaged."""
     try:
-        table = pq.read_table(file)
+        yield
     except pa.ArrowInvalid as error:
         raise Failure(f"{file} is damaged or no Parquet file ({error}): get it again") from None
+
+
+def read_rows(file: Path, limit: int | None = None, seed: int = 0) -> list[dict]:
+    """Rows of a Parquet file as dictionaries; a random `limit` of them where given."""
+    with whole(file):
+        table = pq.read_table(file)
     if "text" not in table.column_names:
         raise UserError(f"{file} has no column `text`")
     if limit is not None and limit < table.num_rows:

@@ -16,7 +16,7 @@ from serve.errors import Failure, UserError
 from serve.files import atomic_write, read_json, sha256, write_json
 from trainer.cluster import assign, repair
 from trainer.data import Examples, load_task
-from trainer.embed import DEFAULT_ID, embed, encoder_source, weights_mark
+from trainer.embed import DEFAULT_ID, embed, encoder_digest, encoder_source
 from trainer.label import LabelConfig, run_label
 from trainer.reproduce.config import ReproduceConfig
 from trainer.reproduce.plan import tasks_of
@@ -187,7 +187,7 @@ def encoder_mark(encoder: str | None) -> str:
     if encoder is None:
         return DEFAULT_ID
     source = encoder_source(encoder)
-    return weights_mark(source)[:16] if Path(source).is_dir() else encoder
+    return encoder_digest(source)[:16] if Path(source).is_dir() else encoder
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int = _SEED) -> np.ndarray:
