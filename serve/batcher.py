@@ -2,7 +2,8 @@
 
 A free worker takes the next batch as soon as the token budget is full or the oldest text has
 waited `max_wait`; while all workers are busy, texts gather by themselves. When requests come so
-rarely that none is to be expected within `max_wait`, a free worker does not wait at all.
+rarely that none is to be expected within `max_wait`, or all from one client who waits for each
+answer, a free worker does not wait at all.
 
 Every batch contains the oldest text, so none starves. The queue is bounded in texts, a request has
 a deadline, and the texts of a request that failed, expired or lost its client leave the queue at
@@ -76,12 +77,14 @@ class Request:
     Attributes:
         future: its results in order, or the exception that ended it.
         counted: texts that still count against the queue's bound.
+        alone: no other request was open when it came.
     """
 
     future: asyncio.Future[list[Result]]
     counted: int
     results: list[Result | None]
     left: int
+    alone: bool
     timer: asyncio.TimerHandle | None = None
     rows: list[int] = field(default_factory=list)
 
@@ -136,6 +139,7 @@ class Batcher:
         self._rate = 0.0  # texts per second, a moving average
         self._gap = 0.0  # seconds between two requests, a moving average
         self._latest = 0.0
+        self._alone = False  # the latest request was
         self.waiting = 0
         self.running_since: dict[int, float] = {}
         self.draining = False
@@ -201,7 +205,9 @@ class Batcher:
                 seconds = self.waiting / self._rate if self._rate else 1.0
                 raise QueueFull(max(1, min(60, math.ceil(seconds))))
             self.waiting += texts
-        request = Request(self._loop.create_future(), texts, [None] * texts, texts)
+        request = Request(
+            self._loop.create_future(), texts, [None] * texts, texts, alone=not self._open
+        )
         self._open.add(request)
         self._idle.clear()
         request.timer = self._loop.call_later(self._deadline, self.fail, request, DeadlinePassed())
@@ -212,9 +218,12 @@ class Batcher:
         if request.future.done():  # it expired, or its client went, while it was tokenized
             return
         now = perf_counter()
-        # Cut off, so that the pause between two bursts does not hide that they are bursts.
-        self._gap += 0.2 * (min(now - self._latest, 4 * self._max_wait) - self._gap)
-        self._latest = now
+        # Cut off, so that the pause between two bursts does not hide that they are bursts. Between
+        # two that were alone there was an answer: a client's own pace says nothing of company.
+        most = 4 * self._max_wait
+        gap = most if request.alone and self._alone else min(now - self._latest, most)
+        self._gap += 0.2 * (gap - self._gap)
+        self._latest, self._alone = now, request.alone
         with self._lock:
             was_empty = not self._rows
             for index, item in enumerate(encoded):

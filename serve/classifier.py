@@ -179,7 +179,8 @@ class Classifier:
 
         Raises:
             UserError: the bundle has no such task, or record and prompt do not fit it.
-            Failure: its prompt is damaged, or the folder was exported again with other graphs.
+            Failure: its prompt is damaged, or the folder is gone or was exported again with other
+                graphs.
         """
         with self._changing:
             return self.serve_task(self.read_task(name, record, prompt))
@@ -192,7 +193,10 @@ class Classifier:
     ) -> Task:
         """The checked task that `add_task` would serve, with its prompt in `arrays`."""
         if record is None or prompt is None:
-            fresh = bundles.load(self.bundle.folder, verify=False)
+            try:
+                fresh = bundles.load(self.bundle.folder, verify=False)
+            except UserError as error:  # it was one when this started
+                raise Failure(f"the bundle cannot be read any more: {error}") from None
             if self.bundle.has_other_graphs(fresh):  # a prompt belongs to the weights it saw
                 raise Failure(f"{fresh.folder} has other graphs now: restart the server")
             if name not in fresh.tasks:

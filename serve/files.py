@@ -34,6 +34,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_parent(path: Path) -> None:
+    """Make the folder that `path` is to stand in.
+
+    Raises:
+        UserError: it leads through one that is not there and back again: `path` may be another one
+            after that is made, which nobody has looked at.
+    """
+    if ".." in path.parts and not path.parent.is_dir():
+        raise UserError(f"{path.parent} does not exist: pass the path without '..'")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; rename it to `path` when the block ends well.
@@ -41,7 +53,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     When the block raises, the temporary file goes and whatever stood at `path` stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     temporary = _sibling(path)
     try:
         yield temporary
@@ -63,7 +75,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             names that hold its own.
 
     Raises:
-        UserError: `path` is a file, or "." or "..".
+        UserError: `path` is a file, or "." or "..", or leads through a missing folder and back.
     """
     path = Path(path)
     if path.is_symlink():
@@ -72,7 +84,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(
             f"{path} is a file, but a folder is to be written there: pass another --out"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     temporary = _sibling(path)
     temporary.mkdir()
     try:

@@ -59,6 +59,7 @@ def make_routes(app: App, admin_token: str | None) -> FastAPI:
         # The framework's own pages load their programs from the internet; ours is `docs.html`.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
 
     async def on_error(request: Request, error: Exception) -> Response:

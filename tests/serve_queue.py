@@ -36,6 +36,8 @@ def run(
         finally:
             fake.gate.set()
             await batcher.stop(5)
+        # What is counted beside the rows themselves: a batch is full by it.
+        assert batcher._tokens == sum(len(row.encoded.ids) for row in batcher._rows.values()) == 0
 
     asyncio.run(main())
     return fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 from serve.bundle import MODES
 from serve.cli import option
 from serve.errors import UserError
+from serve.files import make_parent
 from trainer.data import Examples, LabelledFile, as_format, load_task, read_file
 from trainer.runs import RUN_FILE
-from trainer.tasks import Task, get_task, make_task
+from trainer.tasks import Task, check_columns, get_task, make_task
 
 if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
     import torch
 
     from trainer.backbone import Backbone
 
+
+log = logging.getLogger(__name__)
 
 MOST_SEED = 2**32 - 1  # what scikit-learn and SetFit take
 MOST_RATE = 1000.0  # a step moves a number by about the rate: beyond float32 from some 1e38 on
@@ -104,6 +108,8 @@ class TaskOptions:
             "labels": tuple(self.labels), "words": tuple(self.words), "template": self.template
         }  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
+        if self.template:
+            check_columns(self.template)
         if self.task is not None:
             return replace(get_task(self.task), **changes)  # in one step: C may be another
         if self.data is None:
@@ -112,6 +118,9 @@ class TaskOptions:
         task = make_task(
             Path(self.data).stem, names, self.words or None, description=f"from {self.data}"
         )
+        if self.words and not self.labels:  # the order of the classes was found, not given
+            pairs = zip(task.labels, task.words, strict=True)
+            log.info("label words: %s", ", ".join(f"{word} for '{label}'" for label, word in pairs))
         return replace(task, **changes)
 
     def load(self, task: Task, split: str | None) -> Examples:
@@ -182,7 +191,7 @@ def check_writable(path: Path, flag: str = "--out") -> Path:
             f"{flag} {path} is no name of its own: pass one that can be made, as runs/a"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:

@@ -67,6 +67,17 @@ def test_a_slot_that_nobody_has_filled_is_one_of_length_1_without_labels() -> No
         assert found["label_ids"][empty].tolist() == [[-1, -1]] * len(empty)
 
 
+def test_a_slot_used_again_keeps_no_label_of_the_task_before() -> None:
+    """A third column left there would be a class more, with a share of the probabilities."""
+    bank = bank_of_lengths(memory=8)
+    three = film(name="tone", labels=["n", "o", "p"], words=["a", "b", "c"], word_ids=[7, 8, 9])
+    with bank.lend([three]) as view:
+        assert view.inputs["label_ids"].numpy()[view.slots].tolist() == [[7, 8, 9]]
+    with bank.lend([film()]):
+        assert bank.capacity == 1 and bank.evictions == 1
+        assert bank._arrays["label_ids"].tolist() == [[5, 6, -1]]
+
+
 @pytest.mark.parametrize("back", [False, True])
 def test_a_dropped_task_stays_where_it_came_back_before_its_last_batch_ended(back: bool) -> None:
     bank = bank_of_lengths()

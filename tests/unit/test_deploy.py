@@ -105,6 +105,7 @@ def test_an_image_starts_a_command_that_exists(kind: str) -> None:
     check = only(kind, "HEALTHCHECK")
     code = json.loads(check[check.index("CMD") + 3 :])[2]
     compile(code, "health check", "exec")
+    assert "ProxyHandler({})" in code  # Docker puts the client's proxies into a container
     (url,) = re.findall(r"http://127\.0\.0\.1:(\d+)(/[^']*)", code)
     assert url[0] == str(config.port) and url[1] in routes()
 

@@ -63,11 +63,44 @@ def test_rare_requests_do_not_wait_for_company_that_will_not_come() -> None:
     run(story, max_wait=0.1)
 
 
+def test_a_client_who_waits_for_each_answer_is_not_made_to_wait_for_company() -> None:
+    """However quickly it asks again: only its first request may be the first of many."""
+
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        await send(batcher, rows(3))
+        for _ in range(20):
+            answered = send(batcher, rows(3))
+            await settle()  # a twentieth of a second
+            assert answered.done()
+
+    run(story, max_wait=0.5)
+
+
+def test_two_who_ask_together_are_answered_together_however_often() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        for _ in range(12):
+            await asyncio.gather(send(batcher, rows(3)), send(batcher, rows(3)))
+        assert [len(batch) for batch in fake.batches] == [2] * 12
+
+    run(story, max_wait=0.02)
+
+
 @pytest.mark.parametrize("count_and_length", [(4, 3), (2, 50)])
 def test_a_full_batch_does_not_wait(count_and_length: tuple[int, int]) -> None:
     async def story(batcher: Batcher, fake: FakeClassifier) -> None:
         count, length = count_and_length
         await asyncio.wait_for(send(batcher, rows(*[length] * count)), 5)
+
+    run(story, max_wait=60, deadline=100)
+
+
+def test_who_waits_for_company_goes_as_soon_as_the_batch_is_full() -> None:
+    async def story(batcher: Batcher, fake: FakeClassifier) -> None:
+        first = send(batcher, rows(3))
+        await settle()
+        assert not first.done()
+        second = send(batcher, rows(3, 3, 3))
+        await asyncio.wait_for(asyncio.gather(first, second), 5)
 
     run(story, max_wait=60, deadline=100)
 

@@ -16,6 +16,7 @@ import pytest
 import serve_toy as toy
 
 from serve import bundle, files
+from serve.classifier import Classifier
 from serve.errors import Failure, UserError
 
 
@@ -365,3 +366,13 @@ def test_a_bundle_written_into_an_atomic_folder_is_whole(tmp_path: Path, whole: 
         bundle.create(temporary, bundle.load(whole).header)
         toy.add(temporary, "film", ["a", "b"], ["bad", "good"], toy.prompt_of(1))
     assert list(bundle.load(tmp_path / "b").tasks) == ["film"]
+
+
+def test_a_folder_that_went_away_is_no_unknown_task(tmp_path: Path) -> None:
+    folder = toy.make_bundle(tmp_path / "b")
+    classifier = Classifier(folder, threads=1)
+    before = classifier.classify(["good film"], "film")
+    folder.rename(tmp_path / "aside")
+    with pytest.raises(Failure, match="cannot be read any more"):
+        classifier.add_task("film")
+    assert classifier.classify(["good film"], "film") == before

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from serve.errors import Failure, UserError
+from serve.errors import Failure, UserError, explain_os_error
 from serve.files import atomic_folder, atomic_write, read_json, text_chunks
 
 
@@ -111,6 +114,34 @@ def test_lines_that_are_there_are_given_together_and_whole(tmp_path: Path) -> No
             assert [len(chunk) for chunk in chunks] == [512] * 5 + [3003 - 5 * 512]
     assert list(text_chunks(io.BytesIO(b""), "the input", 512)) == []
     assert list(text_chunks(io.BytesIO(b"\n\na\n"), "the input", 512)) == [["", "", "a"]]
+
+
+def test_a_way_through_a_missing_folder_is_no_way_to_one_that_is_there(tmp_path: Path) -> None:
+    """It becomes one once the missing folder is made, after every look at what is replaced."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis").write_text("x")
+    for name in ("missing/../precious", "precious/no/../../precious", "missing/../new"):
+        for write in (atomic_folder, atomic_write):
+            with pytest.raises(UserError, match=r"without '\.\.'"), write(tmp_path / name):
+                pytest.fail("something was given")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found == {"precious", "precious/thesis"}
+    with atomic_folder(tmp_path / "precious" / ".." / "new") as folder:  # a way that is there
+        (folder / "a").write_text("x")
+    assert (tmp_path / "new" / "a").is_file()
+
+
+def test_a_failed_copy_names_what_could_not_be_written(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "source", None, "target")
+    assert explain_os_error(error).startswith("the disk that holds target is full")
+    (tmp_path / "source").write_bytes(b"x" * 4096)
+    code = "import shutil, sys; shutil.copyfile('source', 'target')"
+    limited = f'ulimit -f 1; exec {sys.executable} -c "{code}"'
+    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
+    assert "'source' -> 'target'" in done.stderr  # what Python makes of a copy
+    error = OSError(errno.EFBIG, "File too large", "source", None, "target")
+    assert explain_os_error(error).startswith("target is larger than this user may write")
+    assert "ulimit -n" in explain_os_error(OSError(errno.EMFILE, "Too many open files"))
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(
