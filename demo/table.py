@@ -89,25 +89,25 @@ def _parse(text: str, delimiter: str | None, name: str, most: int) -> Sheet:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise UserError(f"“{name}” is not a well-formed CSV file: {error}.") from None
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    if not rows:
+    placed = [(n, row) for n, row in enumerate(rows, 1) if any(cell.strip() for cell in row)]
+    if not placed:
         raise UserError(f"“{name}” is empty.")
-    header = [cell.strip() or f"column {i + 1}" for i, cell in enumerate(rows[0])]
+    header = [cell.strip() or f"column {i + 1}" for i, cell in enumerate(placed[0][1])]
     known = {cell.lower() for cell in header} & {*TEXT_NAMES, *LABEL_NAMES}
     if len(header) == 1 and not known:  # a list of texts without a header
         header = ["text"]
     else:
-        rows = rows[1:]
+        placed = placed[1:]
     if len(set(header)) < len(header):
         raise UserError(f"“{name}” has two columns of one name. Rename one.")
-    _check_count(len(rows), most, f"“{name}” has a header and no rows.")
-    for number, row in enumerate(rows, 2):
+    _check_count(len(placed), most, f"“{name}” has a header and no rows.")
+    for number, row in placed:
         if len(row) != len(header):
             raise UserError(
                 f"Row {number} of “{name}” has {len(row)} cells, its header {len(header)}. Put "
                 "quotes around texts that contain the separator."
             )
-    return Sheet(header, rows)
+    return Sheet(header, [row for _, row in placed])
 
 
 def _check_count(count: int, most: int, empty: str) -> None:

@@ -51,7 +51,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
         ) from None
     virtual = _virtual_tokens(folder / "adapter_config.json")
     prompt = arrays.get("prompt_embeddings")
-    if prompt is not None and virtual and prompt.ndim == 2 and prompt.shape[0] == 2 * virtual:
+    if prompt is not None and virtual and prompt.ndim == 2 and len(prompt) != virtual:
+        if len(prompt) != 2 * virtual:
+            raise Failure(
+                f"{folder / WEIGHTS} holds {len(prompt)} rows, but adapter_config.json says "
+                f"{virtual} virtual tokens: one of the two files is of another prompt"
+            )
         arrays["prompt_embeddings"] = prompt[:virtual]  # PEFT's default: encoder and decoder
     return task, {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
 

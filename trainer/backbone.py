@@ -152,6 +152,16 @@ def load_backbone(
         raise Failure(f"backbone {folder} cannot be read ({reason}): fetch it again") from None
     if tokenizer.convert_tokens_to_ids(BLANK) in (None, tokenizer.unk_token_id):
         raise UserError(f"the tokenizer of backbone '{name}' has no {BLANK}: it is not T5's")
+    if getattr(config, "decoder_start_token_id", None) is None:  # transformers 5 has no default
+        raise UserError(
+            f"config.json of backbone '{name}' has no decoder_start_token_id: add it (T5's is that "
+            "of the padding, 0)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of backbone '{name}' has no eos_token, which ends a T5's input: name "
+            "it in tokenizer_config.json (T5's is </s>)"
+        )
     t5 = FrozenT5(model, trainable=trainable, shards=shards)
     t5.to(device)
     return Backbone(name, digest, t5, tokenizer, folder)

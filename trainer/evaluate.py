@@ -24,7 +24,7 @@ from trainer.options import output_file, pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
-from trainer.tasks import Task, get_task, task_names
+from trainer.tasks import Task, get_task
 
 log = logging.getLogger(__name__)
 
@@ -64,21 +64,21 @@ def _task_of(config: EvaluateConfig, record: TaskRecord) -> Task:
         UserError: there is no such task, or a flag contradicts the record.
     """
     if config.prompt is not None and config.task is None and config.data is None:
-        if record.name not in task_names():
+        if record.data_set is None:
             raise UserError(
                 f"{config.prompt} is of '{record.name}', which is no registered task: pass the "
                 "rows with --data FILE, or a --task"
             )
-        config = replace(config, task=record.name)
+        config = replace(config, task=record.data_set)
     if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
         return config.resolve_task()
     _check_flags(config, record)
     if config.task is not None:
         return config.resolve_task()
     labels, words = tuple(record.labels), tuple(record.words)
-    if record.name in task_names() and get_task(record.name).classes == len(labels):
+    if record.data_set and get_task(record.data_set).classes == len(labels):
         # As the prompt's texts were read: with their aspects, and without the rows to be dropped.
-        known = get_task(record.name)
+        known = get_task(record.data_set)
         return replace(known, labels=labels, words=words, template=record.template)
     return Task(record.name, labels, words, template=record.template)
 

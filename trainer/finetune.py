@@ -94,6 +94,7 @@ def run_finetune(config: FinetuneConfig) -> None:
         mode="none", backbone=backbone.name, backbone_sha256=None, max_tokens=config.max_tokens,
         temperature=temperature, method="finetune", seed=config.seed,
         figures={"validation_accuracy": result["accuracy"], "steps": loop.state.step},
+        registered=task.registered,
     )  # fmt: skip
     with atomic_folder(out) as folder:
         backbone.t5.model.save_pretrained(folder)

@@ -319,7 +319,7 @@ def report(reservoir: Reservoir, names: Sequence[str]) -> str:
     width = max(10, *(len(name) for name in names)) + 2
     lines = [
         f"{reservoir.seen} sentences; {reservoir.excluded} excluded and {reservoir.repeated} "
-        f"repeated ones left out; sure by class: {reservoir.confident.tolist()}",
+        f"repeats of kept ones left out; sure by class: {reservoir.confident.tolist()}",
         f"{'threshold':>9} {'kept':>7}" + "".join(f"{name:>{width}}" for name in names),
     ]
     for threshold in SHOWN:

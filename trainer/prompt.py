@@ -26,7 +26,7 @@ from serve.files import atomic_folder, read_json
 from serve.task import is_count
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
-from trainer.tasks import TEMPLATE
+from trainer.tasks import TEMPLATE, task_names
 from trainer.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -46,6 +46,8 @@ class TaskRecord:
         temperature: divides the logits before the softmax (Guo et al. 2017).
         method: how it was made (metapt, ppt, tune, peft ...).
         seed: of the few-shot draw and the training; figures: validation figures.
+        registered: the registered task (`--task`) whose rows it was tuned on, "" for a file of the
+            user's own, whatever its name; None where it is not recorded.
     """
 
     name: str = "task"
@@ -60,7 +62,14 @@ class TaskRecord:
     method: str = ""
     seed: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    registered: str | None = None
     format: int = FORMAT
+
+    @property
+    def data_set(self) -> str | None:
+        """The registered task that it is of, if it is of one: see `registered`."""
+        name = self.name if self.registered is None else self.registered
+        return name if name in task_names() else None
 
 
 @dataclass
@@ -238,7 +247,10 @@ def _check_fields(value: dict[str, Any], path: Path) -> None:
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(("name", "template", "mode", "backbone", "method"), (text, "a text")),
         **dict.fromkeys(("labels", "words"), (texts, "a list of texts")),
-        "backbone_sha256": (lambda found: found is None or text(found), "a text or null"),
+        **dict.fromkeys(
+            ("backbone_sha256", "registered"),
+            (lambda found: found is None or text(found), "a text or null"),
+        ),
         "max_tokens": (is_count, "a whole number of at least 1"),
         "temperature": (positive, "a number above 0"),
         "seed": (lambda found: found is None or is_count(found, 0), "a whole number or null"),
@@ -258,11 +270,12 @@ def check_fits(prompt: Prompt, backbone: Backbone, source: str | Path = "the pro
     Raises:
         UserError: the width, the geometry or the weights' hash differs.
     """
-    t5 = backbone.t5
+    t5, own = backbone.t5, prompt.task.backbone
+    other = f"pass --backbone {own}, which it was trained on" if own else "pass another --backbone"
     if prompt.width != t5.width:
         raise UserError(
             f"{source} holds [{prompt.tokens}, {prompt.width}], but backbone '{backbone.name}' is "
-            f"{t5.width} wide: train it again, or pass another --backbone"
+            f"{t5.width} wide: {other}, or train it again"
         )
     if "kv" in prompt.params:
         got = tuple(prompt.params["kv"].shape)
@@ -270,7 +283,7 @@ def check_fits(prompt: Prompt, backbone: Backbone, source: str | Path = "the pro
         if got != want:
             raise UserError(
                 f"{source} holds keys and values {list(got)}, but backbone '{backbone.name}' needs "
-                f"{list(want)}: train it again, or pass another --backbone"
+                f"{list(want)}: {other}, or train it again"
             )
     known = prompt.task.backbone_sha256
     if known and known != backbone.sha256:

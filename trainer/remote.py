@@ -21,8 +21,11 @@ def is_url(name: str | Path) -> bool:
     return isinstance(name, str) and "://" in name
 
 
-def file_system(url: str, flag: str) -> tuple[Any, str]:
+def file_system(url: str, flag: str = "") -> tuple[Any, str]:
     """The fsspec file system behind an address, and the path within it.
+
+    Args:
+        flag: what named the address, for errors; here and below.
 
     Raises:
         UserError: an address of a kind that is not known, or whose package is missing.
@@ -32,29 +35,30 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except ImportError as error:  # fsspec's message names the package, as s3fs or gcsfs
-        raise UserError(f"{flag} {url}: {error}") from None
+        raise UserError(f"{flag} {url}: {error}".lstrip()) from None
     except ValueError as error:
-        raise UserError(f"{flag} {url}: {error}: check the address") from None
+        raise UserError(f"{flag} {url}: {error}: check the address".lstrip()) from None
 
 
 @contextmanager
-def reached(url: str, flag: str) -> Iterator[None]:
+def reached(url: str, flag: str = "") -> Iterator[None]:
     """What a store raises while it is asked is one line of advice; stores have errors of their own.
 
     Raises:
         UserError: nothing is there. Failure: the store did not answer, or not as it should.
     """
+    name = f"{flag} {url}".lstrip()
     try:
         yield
     except (UserError, Failure):
         raise
     except FileNotFoundError:
-        raise UserError(f"{flag} {url} does not exist: check the address") from None
+        raise UserError(f"{name} does not exist: check the address") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Failure(
-            f"{flag} {url} could not be reached ({reason[0]}): check the address, the network and "
-            "the credentials"
+            f"{name} could not be reached ({reason[0]}): check the address, the network and the "
+            "credentials"
         ) from error
 
 
@@ -86,7 +90,7 @@ def expand(url: str, flag: str) -> list[str]:
     return sorted(system.unstrip_protocol(name) for name in found)
 
 
-def open_binary(source: Source, flag: str = "--data") -> IO[bytes]:
+def open_binary(source: Source) -> IO[bytes]:
     """The file's bytes, from its start.
 
     Raises:
@@ -94,18 +98,23 @@ def open_binary(source: Source, flag: str = "--data") -> IO[bytes]:
     """
     if isinstance(source, Path):
         return source.open("rb")
-    system, path = file_system(source, flag)
-    with reached(source, flag):
+    system, path = file_system(source)
+    with reached(source):
         # Buffered by the standard library, whose readline takes a limit, unlike fsspec's.
         return io.BufferedReader(system.open(path, "rb"))
 
 
 def size_of(source: Source) -> int:
-    """The file's size in bytes; 0 where a server does not tell it."""
+    """The file's size in bytes; 0 where a server does not tell it.
+
+    Raises:
+        UserError, Failure: as for `open_binary`.
+    """
     if isinstance(source, Path):
         return source.stat().st_size
-    system, path = file_system(source, "--corpus")
-    return int(system.info(path).get("size") or 0)
+    system, path = file_system(source)
+    with reached(source):
+        return int(system.info(path).get("size") or 0)
 
 
 def name_of(source: Source) -> str:

@@ -100,7 +100,8 @@ class Reservoir:
 
     @property
     def confident(self) -> np.ndarray:
-        """[C], sentences at or above the threshold; excluded and repeated ones left out."""
+        """[C], sentences at or above the threshold, without excluded ones and without repeats of
+        those that are kept."""
         again = [sum(entry.times - 1 for entry in kept) for kept in self.kept]
         return self.offered - np.array(again, np.int64)
 

@@ -192,13 +192,7 @@ class FrozenT5(nn.Module):
         shape = (groups, rows // groups, length, self.heads, self.head_width)
         return projected.view(shape).transpose(2, 3)
 
-    def encode(
-        self,
-        text: Tensor,
-        mask: Tensor | None,
-        kv: Tensor | None = None,
-        kv_mask: Tensor | None = None,
-    ) -> Tensor:
+    def encode(self, text: Tensor, mask: Tensor | None, kv: Tensor | None = None) -> Tensor:
         """Encode text, with a prompt's keys and values before it or without.
 
         Args:
@@ -206,24 +200,20 @@ class FrozenT5(nn.Module):
             mask: bool [B, S], true at tokens; None where nothing is padded.
             kv: [G, L, 2, H, P, K] keys and values of each layer, one set a group; B must be a
                 multiple of G.
-            kv_mask: bool [G, P], true at a prompt's own positions (shorter prompts are padded).
 
         Returns:
             [B, S, D] encoder states of the text, after the final norm.
         """
-        return self._run_encoder(text, mask, kv, kv_mask, None)
+        return self._run_encoder(text, mask, kv, None)
 
-    def prefix(self, prompt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a prompt contributes in mode `prefix`: constants that no text changes.
-
-        Args:
-            prompt: [G, P, D]; mask: bool [G, P] where prompts are padded.
+    def prefix(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """What a prompt [G, P, D] contributes in mode `prefix`: constants that no text changes.
 
         Returns:
             kv [G, L, 2, H, P, K] and the prompt's encoder states [G, P, D].
         """
         collected: list[Tensor] = []
-        states = self._run_encoder(prompt, mask, None, None, collected)
+        states = self._run_encoder(prompt, None, None, collected)
         return torch.stack(collected, dim=1), states
 
     def _run_encoder(
@@ -231,7 +221,6 @@ class FrozenT5(nn.Module):
         hidden: Tensor,
         mask: Tensor | None,
         kv: Tensor | None,
-        kv_mask: Tensor | None,
         collect: list[Tensor] | None,
     ) -> Tensor:
         rows, length, _ = hidden.shape
@@ -246,7 +235,6 @@ class FrozenT5(nn.Module):
         if kv is not None:
             before = torch.arange(prompt_tokens, device=hidden.device)
             prompt_bias = self._bias(encoder, positions, before, True)  # [H, S, P]
-            prompt_mask = None if kv_mask is None else kv_mask.view(groups, 1, 1, 1, prompt_tokens)
         # Once for all layers, so that no layer fills and no backward pass unfills.
         bias = (
             bias
@@ -274,7 +262,7 @@ class FrozenT5(nn.Module):
                 flat = query.transpose(1, 2).flatten(2, 3)
                 before_scores = flat @ kv[:, index, 0].transpose(-1, -2)
                 before_scores = before_scores.unflatten(2, (-1, length)).transpose(1, 2)
-                before_scores = masked(before_scores + prompt_bias, prompt_mask)
+                before_scores = before_scores + prompt_bias
                 weights = torch.cat((before_scores, scores), dim=-1).softmax(-1)
                 # A split's backward is one join; that of two slices fills and adds whole tensors.
                 to_prompt, to_text = weights.split((prompt_tokens, length), dim=-1)

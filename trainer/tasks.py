@@ -107,6 +107,11 @@ class Task:
             )
 
     @property
+    def registered(self) -> str:
+        """Its name in the registry; "" for a task made of a user's file, whatever its name."""
+        return self.name if self.files or self.hub or self.vader else ""
+
+    @property
     def classes(self) -> int:
         """C, the number of classes."""
         return len(self.labels)
@@ -132,6 +137,16 @@ def format_columns(text_format: str) -> list[str]:
             "as '{aspect}: {text}'"
         )
     return columns
+
+
+def check_columns(template: str) -> None:
+    """Raises: UserError when a template names a column: the text may be made of several."""
+    others = [name for name in _COLUMN.findall(template) if name != "text"]
+    if others:
+        raise UserError(
+            f"--template {template}: a template has no place for {{{others[0]}}}, only for "
+            f"{{text}}: to read another column pass --text-column '{{{others[0]}}}: {{text}}'"
+        )
 
 
 def fill_format(text_format: str, values: Mapping[str, str]) -> str:

@@ -155,6 +155,7 @@ def tune(
             "steps": loop.state.step,
             "best_step": loop.state.best_step,
         },
+        registered=task.registered,
     )
     return Tuned(Prompt(best, task_record), loop.metrics_text(), loop)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -247,6 +248,21 @@ def test_errors_name_what_to_change(data: Path, tmp_path: Path) -> None:
     done = backbone(data, tmp_path, "--out", str(tmp_path / "new"),
                     "--without", "words", "prefix", "full", "span")  # fmt: skip
     assert done.returncode == 2 and "--without leaves no kind of batch" in done.stderr
+
+
+def test_a_judge_still_to_be_trained_is_refused_where_processes_were_launched(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first would wait in its first step for those that wait for it at the barrier."""
+    config = BackboneConfig(
+        data_dir=str(data), labelled=str(data / "recipe.toml"), shards=str(tmp_path / "shards"),
+        out=str(tmp_path / "tiny"), judge=str(tmp_path / "judge"), teacher=str(tmp_path / "none"),
+    )  # fmt: skip
+    for rank in (0, 1):
+        team = SimpleNamespace(count=2, main=rank == 0, wait=lambda: pytest.fail("it waits"))
+        monkeypatch.setattr("trainer.pretraining.command.processes", lambda team=team: team)
+        with pytest.raises(UserError, match=r"judge is not trained yet.* without `accelerate"):
+            run_backbone(config)
 
 
 def test_preparing_that_ends_early_leaves_nothing_that_looks_done(

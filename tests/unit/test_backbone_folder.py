@@ -21,6 +21,15 @@ def edit(name: str, **changes: object) -> Callable[[Path], None]:
     return change
 
 
+def without(name: str, key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        del value[key]
+        (folder / name).write_text(json.dumps(value))
+
+    return change
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -47,6 +56,8 @@ def without_sentinels(folder: Path) -> None:
         (edit("config.json", model_type="bert"), UserError, "is a bert, but prompts steer a T5"),
         (truncated, Failure, r"cannot be read \(.*fetch it again"),
         (without_sentinels, UserError, "has no <extra_id_0>: it is not T5's"),
+        (without("config.json", "decoder_start_token_id"), UserError, "has no decoder_start_token"),
+        (without("tokenizer_config.json", "eos_token"), UserError, "has no eos_token"),
     ],
 )
 def test_a_folder_that_is_no_backbone_says_why(

@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from serve.errors import UserError
-from trainer.corpus import documents, find_files, sentences, split_sentences
+from trainer.corpus import BadFiles, documents, find_files, sentences, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,12 @@ def test_sentences_are_chosen_by_their_words(tmp_path: Path) -> None:
     path.write_text("Too short. This one has five words. This has\n", "utf-8")
     found = list(sentences([path], min_words=3, max_words=5))
     assert [(s.text, s.source) for s in found] == [("This one has five words.", "a.txt")]
+    words = {count: " ".join(["Word"] * count) + "." for count in range(1, 8)}
+    path.write_text("\n".join(words.values()), "utf-8")
+    found = list(sentences([path], min_words=3, max_words=5))
+    assert [s.text for s in found] == [words[3], words[4], words[5]]
+
+
+def test_a_share_of_the_files_below_one_lets_none_pass() -> None:
+    assert BadFiles(10, 0.1).allowed and BadFiles(2, 0.5).allowed
+    assert not BadFiles(9, 0.1).allowed and not BadFiles(10, 0.0).allowed

@@ -64,6 +64,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("a.csv", "", "is empty"),
         ("a.csv", "text,label\n", "a header and no rows"),
         ("a.csv", "text,label\nx,1\ny\n", "Row 3 of .* has 1 cells, its header 2"),
+        ("a.csv", "\ntext,label\n\nx,1\ny\n", "Row 5 of .* has 1 cells, its header 2"),
+        ("a.csv", "I like it\nso, so\n", "Row 2 of .* has 2 cells, its header 1"),
         ("a.csv", "text,text\nx,1\n", "two columns of one name"),
         ("a.csv", 'text,n\n"x,1\n', "not a well-formed CSV"),
         ("a.csv", "text\n" + "x\n" * 11, "11 rows; this page takes 10"),

@@ -20,6 +20,7 @@ from trainer.distributed import cluster, engine
 from trainer.distributed.reading import LabelledTexts
 from trainer.distributed.shards import Shards, staged
 from trainer.label import LabelConfig, run_label
+from trainer.remote import size_of
 from trainer.reservoir import rank
 from trainer.tables import iterate_rows
 
@@ -165,6 +166,11 @@ def test_a_folder_at_an_address_has_the_rows_of_one_on_disk(tmp_path: Path) -> N
             list(iterate_rows("memory://rows/none.csv", ["text"]))
         with pytest.raises(UserError, match=r"memory://rows/none.parquet does not exist"):
             list(iterate_rows("memory://rows/none.parquet", ["text"]))
+        with pytest.raises(UserError) as error:
+            list(iterate_rows("memory://rows/none.csv", ["text"], flag="--exclude"))
+        assert "--data" not in str(error.value)
+        with pytest.raises(UserError, match=r"memory://rows/none.csv does not exist"):
+            size_of("memory://rows/none.csv")
     finally:
         system.rm("/rows", recursive=True)
 

@@ -103,6 +103,21 @@ def test_a_name_that_is_registered_by_chance_changes_nothing(run: Any, tmp_path:
     assert (seen.examples.texts, seen.examples.labels.tolist()) == (["a", "b"], [0, 1])
 
 
+def test_a_file_of_a_registered_name_is_no_registered_task(run: Any, tmp_path: Path) -> None:
+    """`tune --data sentihood.parquet` has read one column; and `evaluate` asks for its rows."""
+    path = write(
+        tmp_path / "sentihood.parquet", text=["a", "b"], label=[0, 1], target=["x"] * 2,
+        aspect=["y"] * 2,
+    )  # fmt: skip
+    record = record_of("sentihood", registered="")
+    assert run(record, data=path).examples.texts == ["a", "b"]
+    with pytest.raises(UserError, match="'sentihood', which is no registered task"):
+        run(record, data_dir=str(tmp_path))
+    renamed = record_of("sentihood", name="places", registered="sentihood")
+    assert run(renamed, data=path).examples.texts == ["x y: a", "x y: b"]
+    assert run(renamed, data_dir=str(tmp_path)).examples.texts == ["x y: a", "x y: b"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -129,6 +129,9 @@ def test_pefts_double_prompt_keeps_its_encoder_half(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text("{}")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"num_virtual_tokens": 3}))
     assert (read_folder(tmp_path)[1]["prompt_embeddings"] == rows[:3]).all()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"num_virtual_tokens": 5}))
+    with pytest.raises(Failure, match=r"holds 6 rows, but adapter_config\.json says 5"):
+        read_folder(tmp_path)  # as `tune --init` has it
 
 
 def test_damaged_and_missing_prompts_are_named(tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_calibration_error_equals_a_plain_loop() -> None:
     assert calibration_error(confidence, correct) == pytest.approx(want)
 
 
+def test_a_confidence_between_two_bins_is_in_the_lower_one() -> None:
+    """As Guo et al. have it: (0.2, 0.3] holds 0.25 twice and 0.3; the gap is 2/3 - 0.8/3."""
+    confidence = np.array([0.25, 0.25, 0.3])
+    assert calibration_error(confidence, np.array([1, 1, 0])) == pytest.approx(0.4)
+
+
+def test_a_temperature_has_bounds() -> None:
+    right, wrong = torch.tensor([[0.5, 0.0], [0.0, 0.5]]), torch.tensor([0, 1])
+    assert fit_temperature(right, wrong) == pytest.approx(0.1, rel=1e-3)
+    assert fit_temperature(right, 1 - wrong) == pytest.approx(10.0, rel=1e-3)
+
+
 def test_temperature_makes_the_labels_most_likely() -> None:
     torch.manual_seed(0)
     scores = torch.randn(300, 3) * 4

@@ -12,7 +12,7 @@ import pytest
 from serve.errors import Failure, UserError
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import Facts, make_plan, sources_needed
+from trainer.reproduce.plan import UNBUILT, Facts, make_plan, sources_needed
 from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
 from trainer.tasks import PAPER_TASKS
@@ -119,6 +119,8 @@ def test_a_source_has_no_more_rows_than_it_has() -> None:
     config = ReproduceConfig(what="figure3a", methods=["metapt"], sizes=[1000, 10**9])
     with pytest.raises(UserError, match=r"--sizes 1000000000: the source has \d+ rows"):
         make_plan(config, FACTS)
+    unbuilt = replace(FACTS, sources={**FACTS.sources, "text": UNBUILT})  # it may have as many
+    assert {run.x for run in make_plan(config, unbuilt)} == {1000, 10**9}
 
 
 def test_an_encoder_is_known_by_its_files(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def test_comparison_is_paired_over_what_both_rows_have() -> None:
     assert found.task_p == pytest.approx(stats.ttest_rel(*means).pvalue)
 
 
+def test_tasks_of_equal_differences_are_no_evidence_of_any_precision() -> None:
+    """Means that are equal but for their last binary digits would give a p of next to nothing."""
+    first = {("a", 0, 1): 0.1, ("a", 0, 2): 0.2, ("b", 0, 1): 0.05, ("b", 0, 2): 0.25}
+    assert np.mean([0.1, 0.2]) != np.mean([0.05, 0.25])
+    found = compare("A", "B", first, dict.fromkeys(first, 0.0))
+    assert found is not None and found.task_p is None and found.t_p is not None
+
+
 def test_bootstrap_interval_agrees_with_scipys() -> None:
     values = np.random.default_rng(5).normal(2.0, 3.0, 40)
     low, high = bootstrap_interval(values)

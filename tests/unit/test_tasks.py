@@ -114,6 +114,22 @@ def test_a_file_brings_its_own_classes(tmp_path: Path) -> None:
     assert (named.words, named.template) == (("great", "bad"), template)
 
 
+def test_a_template_that_names_a_column_is_told_where_columns_go() -> None:
+    template = "{aspect}: {text} It was <extra_id_0>."
+    with pytest.raises(UserError, match=r"--text-column '\{aspect\}: \{text\}'"):
+        TaskOptions(task="sst2", template=template).resolve_task()
+
+
+def test_words_without_labels_are_said_beside_the_classes_that_were_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file's classes are in alphabetical order, which a user may not expect."""
+    (tmp_path / "a.csv").write_text("text,label\nx,good\ny,bad\n", "utf-8")
+    with caplog.at_level("INFO"):
+        TaskOptions(data=str(tmp_path / "a.csv"), words=["great", "awful"]).resolve_task()
+    assert "label words: great for 'bad', awful for 'good'" in caplog.text
+
+
 def test_a_registered_task_may_get_another_number_of_classes() -> None:
     labels, words = ["negative", "neutral", "positive"], ["bad", "okay", "good"]
     task = TaskOptions(task="sst2", labels=labels, words=words).resolve_task()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +21,12 @@ from trainer import tune as tune_module
 from trainer.backbone import load_backbone
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples
+from trainer.figures import fit_temperature
 from trainer.loop import RunOptions, Score
+from trainer.modes import add_group
 from trainer.readout import compile_template, encode_texts
-from trainer.tasks import make_task
+from trainer.rows import Rows, Scorer
+from trainer.tasks import get_task, make_task
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,39 @@ def test_full_tuning_ends_with_the_weights_of_the_best_evaluation(
     assert all(
         (seen[2]["shared.weight"] != seen[step]["shared.weight"]).any() for step in (0, 1, 3, 4)
     )
+
+
+def test_a_step_follows_the_mean_loss_of_its_samples(tiny_t5: Path) -> None:
+    backbone, (task, examples) = load_backbone(str(tiny_t5)), film(6)
+    scorer = Scorer.of(backbone, task, "prefix")
+    rows = Rows(backbone, task.template, examples.texts, examples.labels, 64)
+    torch.manual_seed(0)
+    params = {"prompt_embeddings": torch.randn(3, 32).requires_grad_()}
+    chosen = np.array([4, 0, 1])
+    found = tune_module.prompt_gradient(scorer, params, rows, chosen)
+    batch = rows.batch(chosen)
+    assert batch.labels is not None
+    scores = scorer(add_group(params), batch)
+    losses = [-row.log_softmax(-1)[y] for row, y in zip(scores, batch.labels, strict=True)]
+    loss = torch.stack(losses).mean()
+    (want,) = torch.autograd.grad(loss, [params["prompt_embeddings"]])
+    torch.testing.assert_close(params["prompt_embeddings"].grad, want)
+    assert found["loss"] == pytest.approx(loss.item())
+    assert found["accuracy"] == pytest.approx((scores.argmax(-1) == batch.labels).float().mean())
+
+
+def test_a_prompts_record_has_its_temperature_and_where_its_rows_are(tiny_t5: Path) -> None:
+    backbone, (own, examples) = load_backbone(str(tiny_t5)), film(8)
+    config = TuneConfig(out="", prompt_tokens=2, init="random", epochs=2, rate=0.3)
+    for task, registered in ((own, ""), (replace(get_task("sst2"), words=own.words), "sst2")):
+        prompt = tune_module.tune(
+            backbone, task, examples, examples, config, RunOptions(quiet=True)
+        ).prompt
+        assert prompt.task.registered == registered
+        rows = Rows(backbone, task.template, examples.texts, examples.labels, config.max_tokens)
+        scores = Scorer.of(backbone, task, "prefix").all(prompt.params, rows)
+        want = fit_temperature(scores, torch.from_numpy(examples.labels))
+        assert prompt.task.temperature == pytest.approx(want) != 1.0
 
 
 def test_weight_decay_shrinks_a_prompt_by_its_share_of_the_rate(

@@ -152,6 +152,8 @@ def test_the_second_order_begins_when_it_is_told_to(tiny_t5: Path) -> None:
     torch.testing.assert_close(result(first_order_steps=0), second)
     annealed = result(first_order_steps=1)
     assert (annealed - first).abs().max() > 1e-6 and (annealed - second).abs().max() > 1e-6
+    for change in ({"inner_steps": 2}, {"balanced": True}, {"each_step": 1}, {"samples": 3}):
+        assert (result(**change) - second).abs().max() > 1e-6, change
     learned = meta_train(own, data, replace(base, learn_rates=True, held_clusters=0), QUIET)
     assert set(learned.best) == {"prompt_embeddings"}
     assert (learned.params["log_rate/prompt_embeddings"] != 0).any()

@@ -17,7 +17,7 @@ import pyarrow as arrow
 
 from serve.errors import UserError
 from trainer.corpus import documents, tolerant
-from trainer.data import row_text
+from trainer.data import as_format, row_text
 from trainer.distributed.engine import READ_CPUS, read_tasks
 from trainer.labels import as_index
 from trainer.remote import Source, is_url
@@ -60,7 +60,7 @@ class LabelledTexts:
     columns: tuple[str, ...] = ("text", "label")
 
     def __call__(self, source: Source) -> Iterator[tuple[str, ...]]:
-        form = self.text_column if "{" in self.text_column else "{" + self.text_column + "}"
+        form = as_format(self.text_column)
         parts = format_columns(form)
         for place, row in iterate_rows(source, [*parts, self.label_column]):
             value = row[self.label_column]

@@ -83,7 +83,10 @@ def run_backbone(config: BackboneConfig) -> None:
     if not set(KINDS) - set(config.without) - ({"distil"} if config.teacher == "none" else set()):
         raise UserError("--without leaves no kind of batch to train on: name fewer")
     team = processes()
-    if team.main and (config.prepare or not (shards / "pools.json").is_file()):
+    unprepared = config.prepare or not (shards / "pools.json").is_file()
+    if unprepared and team.count > 1:
+        _check_judged(config)
+    if team.main and unprepared:
         _prepare(config, shards)
     team.wait()  # for the shards
     if config.prepare:
@@ -323,6 +326,17 @@ def _judge(config: BackboneConfig, recipe: Recipe) -> Verdicts:
         return np.mean(found, 0)
 
     return with_votes(judged, config.voters, workers, _half(config)) if config.voters else judged
+
+
+def _check_judged(config: BackboneConfig) -> None:
+    """Raises: UserError for a judge still to be trained, where several processes were launched: the
+    first would train it, and wait in its first step for those that wait for it."""
+    folders = judge_folders(config) if config.judge else []
+    if missing := [folder for folder in folders if not (folder / HEAD).is_file()]:
+        raise UserError(
+            f"the judge {missing[0]} is not trained yet, and that takes one command of its own: "
+            "run this one once with --prepare and without `accelerate launch`"
+        )
 
 
 def judge_folders(config: BackboneConfig) -> list[Path]:

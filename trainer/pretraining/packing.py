@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from trainer.readout import collate
 
 
 def of_length(lengths: np.ndarray, band: int, rng: np.random.Generator) -> int:
@@ -20,10 +21,5 @@ def of_length(lengths: np.ndarray, band: int, rng: np.random.Generator) -> int:
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Ids [B, S] padded with 0, and a bool mask [B, S]."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    return ids, mask
+    batch = collate(rows)
+    return batch.ids, batch.mask

@@ -47,7 +47,8 @@ class Comparison:
     Attributes:
         pairs: N; difference: mean of A - B; low, high: its 95 % bootstrap interval.
         t_p, wilcoxon_p: two-sided p of the paired t-test and of Wilcoxon's signed ranks; None
-            where a test says nothing (fewer than two pairs, or no differences).
+            where a test says nothing (fewer than two pairs, or no differences; the t-test also
+            where all differences are equal).
         task_p: two-sided p of the paired t-test over the tasks' mean differences; seeds and sizes
             of one task share its data, so its pairs are not independent, and this test does not
             pretend. None with one task.
