@@ -15,6 +15,7 @@ from trainer.backbone import load_backbone
 from trainer.configs import MetaConfig, PretrainConfig
 from trainer.reproduce import command, pool, work
 from trainer.reproduce.config import ReproduceConfig
+from trainer.reproduce.plan import scale
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings
 from trainer.source import meta_train, pretrain
@@ -129,6 +130,28 @@ def test_plan_builds_no_source_and_draws_no_figure(
         assert "figure4: one t-SNE, k = 3, 6, 10; nothing is run" in shown
         assert ("not built yet" in shown) == (source is None)
     assert not (tmp_path / "out/figure4.md").exists()
+
+
+def test_another_question_is_asked_of_starts_and_tasks(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, tuple[str, ...]]] = []
+    tune = work.tune
+
+    def look_on(backbone: Any, task: Any, *given: Any, **named: Any) -> Any:
+        seen.append((task.template, task.words))
+        return tune(backbone, task, *given, **named)
+
+    monkeypatch.setattr(work, "tune", look_on)
+    question = {"template": "<extra_id_0>: {text}", "words": ["film", "bad", "the", "good", "food"]}
+    command.run_reproduce(ReproduceConfig(**{**toy, **question, "seeds": [1]}))
+    assert seen == [("<extra_id_0>: {text}", ("film", "food"))] * 3
+    for folder in (tmp_path / "out" / "starts").iterdir():
+        record = json.loads((folder / "task.json").read_text())
+        assert record["template"] == "<extra_id_0>: {text}"
+        assert record["words"] == list(scale(question["words"], len(record["labels"])))
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "template: <extra_id_0>: {text}" in text and "'food'" in text
 
 
 def test_setfit_needs_no_more_rows_than_it_learns_from(

@@ -12,10 +12,10 @@ import pytest
 from serve.errors import Failure, UserError
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import UNBUILT, Facts, make_plan, sources_needed
+from trainer.reproduce.plan import UNBUILT, Facts, asked, make_plan, sources_needed
 from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
-from trainer.tasks import PAPER_TASKS
+from trainer.tasks import PAPER_TASKS, get_task
 
 FACTS = Facts(
     "b" * 64,
@@ -215,3 +215,28 @@ def test_what_is_named_twice_counts_once() -> None:
         for names in (once, {name: [*values, values[0]] for name, values in once.items()})
     )
     assert plan == again and len(plan) == 4
+
+
+def test_another_question_changes_what_reads_it_and_nothing_else() -> None:
+    base = ReproduceConfig(
+        what="table1", tasks=["sst2"], seeds=[1], methods=["setfit", "ft", "ppt"]
+    )
+    words = ["avoid", "skip", "maybe", "try", "recommend"]
+    for change in ({"template": "<extra_id_0>: {text}"}, {"words": words}):
+        plan = make_plan(replace(base, **change), FACTS)
+        setfit, *others = zip(hashes(base), plan, strict=True)
+        assert setfit[0] == settings_hash(setfit[1].settings)
+        assert all(name != settings_hash(run.settings) for name, run in others)
+        assert plan[2].start is not None and plan[2].start["question"] == change
+    sst2 = asked(get_task("sst2"), {"words": words, "template": "<extra_id_0>: {text}"})
+    assert (sst2.words, sst2.template) == (("avoid", "recommend"), "<extra_id_0>: {text}")
+    assert asked(get_task("semeval-laptop"), {"words": words}).words == (*words[::2],)
+    assert asked(get_task("sst5"), {"words": words}).words == (*words,)
+    assert asked(get_task("sst5"), {}) == get_task("sst5")
+    for change, message in (
+        ({"words": words[:3]}, "five words from the worst to the best"),
+        ({"template": "{aspect}: {text} <extra_id_0>"}, "--text-column"),
+        ({"template": "{text}"}, "<extra_id_0>"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_plan(replace(base, **change), FACTS)

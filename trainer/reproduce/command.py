@@ -227,7 +227,7 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
 def _beyond(config: ReproduceConfig) -> list[str]:
     """A note on what is on that the paper does not have."""
     names = ("learn_rates", "first_order_steps", "each_step", "held_clusters", "balanced",
-             "outer_decay", "outer_clip")  # fmt: skip
+             "outer_decay", "outer_clip", "template", "words")  # fmt: skip
     on = [f"{name.replace('_', ' ')}: {getattr(config, name)}" for name in names]
     used = [text for text, name in zip(on, names, strict=True) if getattr(config, name)]
     used += [] if config.inner_rate else ["alpha by search"]

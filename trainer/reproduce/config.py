@@ -59,6 +59,14 @@ class ReproduceConfig:
     limit_eval: int = option(0, help="test rows at most, drawn by seed 0 (0: all)", minimum=0)
     train: int = option(40, help="training samples (A.4)", minimum=1)
     validation: int = option(40, help="validation samples (A.4)", minimum=1)
+    template: str | None = option(
+        None, help="beyond the paper: what the model reads, in place of the tasks' template"
+    )
+    words: list[str] = option(
+        [],
+        help="beyond the paper: five label words from the worst to the best, in place of the "
+        "tasks'; three classes take the first, the middle and the last, two the outer ones",
+    )
     prompt_tokens: int = option(100, help="P (section 5.1)", minimum=1)
     max_tokens: int = option(128, help="longest input in tokens", minimum=8)
     meta_steps: int = option(20_000, help="outer steps of MetaPT at most (A.3)", minimum=1)
@@ -114,4 +122,6 @@ class ReproduceConfig:
         "table1 --data-dir data --source runs/clusters.parquet --out runs/paper",
         "table1 --backbone google/t5-v1_1-base --text wiki.parquet --jobs 2 --out runs/base",
         "figure2 --tasks sst5 sst2 --methods ppt metapt --seeds 1 2 3 --modes full prefix",
+        'table1 --template "Would a friend go? {text} <extra_id_0>" --words avoid skip maybe try '
+        "recommend --source runs/clusters.parquet",
     ]

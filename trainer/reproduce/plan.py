@@ -7,7 +7,8 @@ Two tables that need the same run share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import UserError
@@ -15,7 +16,7 @@ from trainer.configs import BEST_BY
 from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
-from trainer.tasks import PAPER_TASKS, get_task
+from trainer.tasks import PAPER_TASKS, Task, check_columns, get_task
 
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
@@ -116,6 +117,48 @@ def sources_needed(config: ReproduceConfig) -> list[str]:
     return needed + (["yelp"] if "metapt-y" in methods else [])
 
 
+def scale(words: Sequence[str], classes: int) -> tuple[str, ...]:
+    """The words that so many classes take of five, from the worst to the best.
+
+    Raises:
+        UserError: they are not five, or so many classes are no scale of opinion.
+    """
+    places = {2: (0, 4), 3: (0, 2, 4), 5: range(5)}.get(classes)
+    if len(words) != 5 or places is None:
+        raise UserError(
+            f"--words {' '.join(words)}: five words from the worst to the best are needed, of "
+            f"which tasks of two, three or five classes (not {classes}) take theirs"
+        )
+    return tuple(words[place] for place in places)
+
+
+def asked(task: Task, question: Mapping[str, Any]) -> Task:
+    """The task with another template or other label words, as `question` has them.
+
+    Raises:
+        UserError: the template has no place for the text or the answer; see `scale`.
+    """
+    changes = dict(question)
+    if "words" in changes:
+        changes["words"] = scale(changes["words"], task.classes)
+    return replace(task, **changes)
+
+
+def question_of(config: ReproduceConfig) -> dict[str, Any]:
+    """What --template and --words say: named in settings only where they are given.
+
+    Raises:
+        UserError: as for `asked`, or the template names a column.
+    """
+    if config.template:
+        check_columns(config.template)
+    values = {"template": config.template, "words": list(config.words)}
+    question = {name: value for name, value in values.items() if value}
+    for name in tasks_of(config):
+        asked(get_task(name), question)
+    return {"question": question} if question else {}
+
+
 def _source(config: ReproduceConfig, facts: Facts, name: str, **changes: Any) -> dict[str, Any]:
     found = facts.sources[name]
     grouping = "given" if found["clustered"] else "kmeans"
@@ -137,7 +180,7 @@ def _start(
         "kind": "start", "method": method, "mode": mode, "backbone": facts.backbone,
         "prompt_tokens": config.prompt_tokens, "max_tokens": config.max_tokens,
         "init": config.start, "evaluate_every": config.meta_evaluate_every,
-        "patience": config.meta_patience, "best_by": BEST_BY,
+        "patience": config.meta_patience, "best_by": BEST_BY, **question_of(config),
     }  # fmt: skip
     # What the paper does not have is named only where it is used.
     if config.outer_decay:
@@ -172,12 +215,13 @@ def _cell(
         "kind": "cell", "method": method, "task": task, "data": facts.data[task],
         "limit_eval": config.limit_eval,
     }  # fmt: skip
+    if method == "setfit":
+        return {**settings, "seed": seed, "train": train, "encoder": facts.encoder}
+    settings |= question_of(config)
     if method == "words":  # neither samples nor a seed: one run for all
         return {**settings, "backbone": facts.backbone, "max_tokens": config.max_tokens}
-    settings |= {"seed": seed, "train": train}
-    if method == "setfit":
-        return {**settings, "encoder": facts.encoder}
     settings |= {
+        "seed": seed, "train": train,
         "validation": config.validation, "backbone": facts.backbone,
         "max_tokens": config.max_tokens, "epochs": config.epochs, "patience": config.patience,
         "rate": config.ft_rate if method == "ft" else config.rate,

@@ -20,7 +20,7 @@ from trainer.finetune import finetune
 from trainer.initial import initial_params
 from trainer.loop import RunOptions
 from trainer.prompt import TaskRecord, save_prompt
-from trainer.reproduce.plan import UNTRAINED
+from trainer.reproduce.plan import UNTRAINED, asked, scale
 from trainer.reproduce.sources import load_source
 from trainer.reproduce.store import Settings, Store
 from trainer.runs import METRICS_FILE, RUN_FILE, versions
@@ -98,6 +98,9 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     if isinstance(chosen["init"], dict):  # goes on from another start
         chosen["init"] = str(Store(where.out).start_path(chosen["init"]))
     chosen |= {key: settings[key] for key in ("decay", "clip") if key in settings}
+    chosen |= settings.get("question", {})
+    if "words" in chosen:
+        chosen["words"] = list(scale(chosen["words"], data.classes))
     started = time.monotonic()
     checkpoint = path.with_name(path.name + ".checkpoint")
     options = RunOptions(checkpoint, settings, quiet=where.quiet)
@@ -121,7 +124,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
 
 def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
     """Tune on the samples of the seed and evaluate; returns accuracy, macro-F1 and more."""
-    task = get_task(settings["task"])
+    task = asked(get_task(settings["task"]), settings.get("question", {}))
     test = _examples(task.name, "test", where.data_dir)
     if settings["limit_eval"]:
         test = test.sample(settings["limit_eval"], 0)
@@ -181,7 +184,7 @@ def _run_prompt(
     params = initial_params(backbone, init, mode, config.tokens, config.seed)
     drawn = config.seed if fresh else 0  # any other start is the same for all seeds
     names = ("backbone", "task", "data", "limit_eval", "max_tokens", "prompt_tokens")
-    key = (init, mode, drawn, *(settings[name] for name in names))
+    key = (init, mode, drawn, task.template, task.words, *(settings[name] for name in names))
     if key not in _at_start:
         before = _measure(
             backbone, _record(task, mode, config.max_tokens),
