@@ -41,8 +41,10 @@ def make_parent(path: Path) -> None:
         UserError: it leads through one that is not there and back again: `path` may be another one
             after that is made, which nobody has looked at.
     """
-    if ".." in path.parts and not path.parent.is_dir():
-        raise UserError(f"{path.parent} does not exist: pass the path without '..'")
+    for place, part in enumerate(path.parts):
+        before = Path(*path.parts[:place])
+        if part == ".." and not before.is_dir():
+            raise UserError(f"{before} does not exist: pass {path} without '{before.name}/..'")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
