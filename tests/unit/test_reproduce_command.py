@@ -144,11 +144,11 @@ def test_another_question_is_asked_of_starts_and_tasks(
 
     monkeypatch.setattr(work, "tune", look_on)
     question = {"template": "<extra_id_0>: {text}", "words": ["film", "bad", "the", "good", "food"]}
-    command.run_reproduce(ReproduceConfig(**{**toy, **question, "seeds": [1]}))
+    command.run_reproduce(ReproduceConfig(**{**toy, **question, "seeds": [1], "start_seed": 5}))
     assert seen == [("<extra_id_0>: {text}", ("film", "food"))] * 3
     for folder in (tmp_path / "out" / "starts").iterdir():
         record = json.loads((folder / "task.json").read_text())
-        assert record["template"] == "<extra_id_0>: {text}"
+        assert record["template"] == "<extra_id_0>: {text}" and record["seed"] == 5
         assert record["words"] == list(scale(question["words"], len(record["labels"])))
     text = (tmp_path / "out" / "table1.md").read_text()
     assert "template: <extra_id_0>: {text}" in text and "'food'" in text

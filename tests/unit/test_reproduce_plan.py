@@ -82,7 +82,7 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
     (name,) = hashes(base)
     for same in (
         replace(base, out="elsewhere"), replace(base, jobs=4), replace(base, threads=2),
-        replace(base, device="cpu"), replace(base, data_dir="moved"),
+        replace(base, device="cpu"), replace(base, data_dir="moved"), replace(base, start_seed=1),
     ):  # fmt: skip
         assert hashes(same) == [name]
     for other in (
@@ -90,7 +90,7 @@ def test_hash_depends_on_what_changes_a_result_and_on_nothing_else() -> None:
         replace(base, inner_rate=0.1), replace(base, clusters=5), replace(base, train=20),
         replace(base, learn_rates=True), replace(base, each_step=5),
         replace(base, outer_decay=True), replace(base, outer_clip=0.5), replace(base, limit_eval=9),
-        replace(base, start="random"), replace(base, samples=8),
+        replace(base, start="random"), replace(base, samples=8), replace(base, start_seed=2),
     ):  # fmt: skip
         assert hashes(other) != [name]
     moved = replace(FACTS, backbone="c" * 64)

@@ -97,6 +97,10 @@ class ReproduceConfig:
         0.0, help="beyond the paper: largest norm of their gradients (0: any)", minimum=0
     )
     start: str = option("vocab", help="where MetaPT and PPT start", choices=("vocab", "random"))
+    start_seed: int = option(
+        1, help="beyond the paper: seed of the training of MetaPT's and PPT's starts", minimum=0,
+        maximum=MOST_SEED,
+    )  # fmt: skip
     ppt_steps: int = option(0, help="steps of PPT at most (0: as many as MetaPT)", minimum=0)
     ppt_rate: float = option(0.025, help="AdamW's rate of PPT (A.2)", minimum=0, maximum=MOST_RATE)
     ppt_batch: int = option(80, help="rows a step of PPT: as many as ten tasks of 4 + 4", minimum=1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import UserError
-from trainer.configs import BEST_BY
+from trainer.configs import BEST_BY, SourceOptions
 from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
@@ -187,6 +187,8 @@ def _start(
         common["decay"] = True
     if config.outer_clip:
         common["clip"] = config.outer_clip
+    if config.start_seed != SourceOptions.seed:
+        common["seed"] = config.start_seed
     if method == "ppt":
         # Groups mean nothing to PPT: one run serves whatever they are.
         source = {"sha": source["sha"], "rows": source["rows"], "grouping": "none", "clusters": 0}

@@ -97,7 +97,7 @@ def run_start(settings: Settings, where: Surroundings) -> None:
     }  # fmt: skip
     if isinstance(chosen["init"], dict):  # goes on from another start
         chosen["init"] = str(Store(where.out).start_path(chosen["init"]))
-    chosen |= {key: settings[key] for key in ("decay", "clip") if key in settings}
+    chosen |= {key: settings[key] for key in ("decay", "clip", "seed") if key in settings}
     chosen |= settings.get("question", {})
     if "words" in chosen:
         chosen["words"] = list(scale(chosen["words"], data.classes))
