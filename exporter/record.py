@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from serve.errors import Failure, UserError
 from serve.files import read_json
-from serve.prompt import read_arrays
+from serve.prompt import prompt_rows, read_arrays
 from serve.task import COOLEST, HOTTEST, NAME, is_count, is_temperature, is_text, need
 
 WEIGHTS = "adapter_model.safetensors"
@@ -51,13 +51,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Arrays]:
         ) from None
     virtual = _virtual_tokens(folder / "adapter_config.json")
     prompt = arrays.get("prompt_embeddings")
-    if prompt is not None and virtual and prompt.ndim == 2 and len(prompt) != virtual:
-        if len(prompt) != 2 * virtual:
-            raise Failure(
-                f"{folder / WEIGHTS} holds {len(prompt)} rows, but adapter_config.json says "
-                f"{virtual} virtual tokens: one of the two files is of another prompt"
-            )
-        arrays["prompt_embeddings"] = prompt[:virtual]  # PEFT's default: encoder and decoder
+    if prompt is not None and prompt.ndim == 2:  # another shape is refused with the bundle's
+        own = prompt_rows(len(prompt), virtual, folder / WEIGHTS)
+        arrays["prompt_embeddings"] = prompt[:own]
     return task, {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
 
 

@@ -25,11 +25,12 @@ def install(extra: str) -> str:
 def explain_os_error(error: OSError) -> str:
     """One line for an operating-system error, with the advice that fits the usual ones."""
     where = error.filename or "the output"
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EFBIG):
         where = error.filename2 or where  # of a copy it is the second
+    if error.errno == errno.ENOSPC:
         return f"the disk that holds {where} is full: free some space, or write elsewhere"
     if error.errno == errno.EFBIG:
-        return f"{error.filename2 or where} is larger than this user may write: see `ulimit -f`"
+        return f"{where} is larger than this user may write: see `ulimit -f`"
     if error.errno == errno.EMFILE:
         return "this process may open no more files: raise `ulimit -n`"
     if error.errno == errno.EACCES:

@@ -45,6 +45,24 @@ def read_arrays(data: bytes, source: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def prompt_rows(rows: int, virtual: int | None, source: object) -> int:
+    """How many of an array's rows are the prompt in front of the text.
+
+    Args:
+        virtual: PEFT's `num_virtual_tokens`, None where it is not known. By PEFT's default an
+            encoder-decoder's prompt has twice as many rows, the decoder's last.
+
+    Raises:
+        Failure: it has neither so many nor twice as many.
+    """
+    if virtual and rows not in (virtual, 2 * virtual):
+        raise Failure(
+            f"{source} holds {rows} rows, but adapter_config.json says {virtual} virtual tokens: "
+            "one of the two files is of another prompt"
+        )
+    return virtual or rows
+
+
 def parse_prompt(data: bytes, bundle: Bundle, source: str) -> dict[str, np.ndarray]:
     """The arrays of a prompt file's bytes, as float32, with shapes checked (see `read_prompt`).
 

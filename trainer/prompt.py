@@ -23,6 +23,7 @@ import torch
 
 from serve.errors import Failure, UserError
 from serve.files import atomic_folder, read_json
+from serve.prompt import prompt_rows
 from serve.task import is_count
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
@@ -173,14 +174,8 @@ def load_prompt(path: str | Path) -> Prompt:
         if (path / "adapter_config.json").is_file():
             config = read_json(path / "adapter_config.json")
             task.backbone = task.backbone or config.get("base_model_name_or_path") or ""
-            virtual = config.get("num_virtual_tokens")
-            if virtual and value.shape[0] == 2 * virtual:
-                params["prompt_embeddings"] = value[:virtual].clone()
-            elif virtual and value.shape[0] != virtual:
-                raise Failure(
-                    f"{path / WEIGHTS} holds {value.shape[0]} rows, but adapter_config.json says "
-                    f"{virtual} virtual tokens: one of the two files is of another prompt"
-                )
+            own = prompt_rows(len(value), config.get("num_virtual_tokens"), path / WEIGHTS)
+            params["prompt_embeddings"] = value[:own].clone()
     return Prompt(params, task)
 
 

@@ -21,6 +21,10 @@ def is_url(name: str | Path) -> bool:
     return isinstance(name, str) and "://" in name
 
 
+def _named(url: str, flag: str) -> str:
+    return f"{flag} {url}" if flag else url
+
+
 def file_system(url: str, flag: str = "") -> tuple[Any, str]:
     """The fsspec file system behind an address, and the path within it.
 
@@ -35,9 +39,9 @@ def file_system(url: str, flag: str = "") -> tuple[Any, str]:
     try:
         return url_to_fs(url)
     except ImportError as error:  # fsspec's message names the package, as s3fs or gcsfs
-        raise UserError(f"{flag} {url}: {error}".lstrip()) from None
+        raise UserError(f"{_named(url, flag)}: {error}") from None
     except ValueError as error:
-        raise UserError(f"{flag} {url}: {error}: check the address".lstrip()) from None
+        raise UserError(f"{_named(url, flag)}: {error}: check the address") from None
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def reached(url: str, flag: str = "") -> Iterator[None]:
     Raises:
         UserError: nothing is there. Failure: the store did not answer, or not as it should.
     """
-    name = f"{flag} {url}".lstrip()
+    name = _named(url, flag)
     try:
         yield
     except (UserError, Failure):

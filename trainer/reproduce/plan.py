@@ -144,19 +144,19 @@ def asked(task: Task, question: Mapping[str, Any]) -> Task:
     return replace(task, **changes)
 
 
-def question_of(config: ReproduceConfig) -> dict[str, Any]:
-    """What --template and --words say: named in settings only where they are given.
-
-    Raises:
-        UserError: as for `asked`, or the template names a column.
-    """
-    if config.template:
-        check_columns(config.template)
+def _question(config: ReproduceConfig) -> Settings:
+    """What --template and --words say: named in settings only where they are given."""
     values = {"template": config.template, "words": list(config.words)}
     question = {name: value for name, value in values.items() if value}
-    for name in tasks_of(config):
-        asked(get_task(name), question)
     return {"question": question} if question else {}
+
+
+def _check_question(config: ReproduceConfig) -> None:
+    """Raises: UserError as for `asked`, or where the template names a column."""
+    if config.template:
+        check_columns(config.template)
+    for name in tasks_of(config):
+        asked(get_task(name), _question(config).get("question", {}))
 
 
 def _source(config: ReproduceConfig, facts: Facts, name: str, **changes: Any) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _start(
         "kind": "start", "method": method, "mode": mode, "backbone": facts.backbone,
         "prompt_tokens": config.prompt_tokens, "max_tokens": config.max_tokens,
         "init": config.start, "evaluate_every": config.meta_evaluate_every,
-        "patience": config.meta_patience, "best_by": BEST_BY, **question_of(config),
+        "patience": config.meta_patience, "best_by": BEST_BY, **_question(config),
     }  # fmt: skip
     # What the paper does not have is named only where it is used.
     if config.outer_decay:
@@ -219,7 +219,7 @@ def _cell(
     }  # fmt: skip
     if method == "setfit":
         return {**settings, "seed": seed, "train": train, "encoder": facts.encoder}
-    settings |= question_of(config)
+    settings |= _question(config)
     if method == "words":  # neither samples nor a seed: one run for all
         return {**settings, "backbone": facts.backbone, "max_tokens": config.max_tokens}
     settings |= {
@@ -288,6 +288,7 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
         steer(mode)
     if config.what == "figure4":
         return []
+    _check_question(config)
     runs = []
     for row, method, x, source in _variants(config, facts):
         train = x if config.what == "figure2" else config.train
