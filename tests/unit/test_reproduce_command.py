@@ -152,6 +152,7 @@ def test_another_question_is_asked_of_starts_and_tasks(
         assert record["words"] == list(scale(question["words"], len(record["labels"])))
     text = (tmp_path / "out" / "table1.md").read_text()
     assert "template: <extra_id_0>: {text}" in text and "'food'" in text
+    assert "start seed: 5" in text and "PPT: 6 steps at most of 80 rows, rate 0.025" in text
 
 
 def test_setfit_needs_no_more_rows_than_it_learns_from(

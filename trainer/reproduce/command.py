@@ -194,7 +194,9 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
         f"{config.train} + {config.validation} samples, seeds "
         f"{', '.join(map(str, config.seeds))}, {rows}",
         f"MetaPT: {config.meta_steps} outer steps at most, alpha {config.inner_rate:g}, beta "
-        f"{config.outer_rate:g}; downstream rate {config.rate:g}, {config.epochs} epochs at most",
+        f"{config.outer_rate:g}; PPT: {config.ppt_steps or config.meta_steps} steps at most of "
+        f"{config.ppt_batch} rows, rate {config.ppt_rate:g}",
+        f"downstream rate {config.rate:g}, {config.epochs} epochs at most",
         *_beyond(config),
         f"{len(done)} of {len(plan)} runs done",
     ]
@@ -231,6 +233,8 @@ def _beyond(config: ReproduceConfig) -> list[str]:
     on = [f"{name.replace('_', ' ')}: {getattr(config, name)}" for name in names]
     used = [text for text, name in zip(on, names, strict=True) if getattr(config, name)]
     used += [] if config.inner_rate else ["alpha by search"]
+    first = ReproduceConfig.start_seed
+    used += [] if config.start_seed == first else [f"start seed: {config.start_seed}"]
     return [f"beyond the paper: {', '.join(used)}"] if used else []
 
 
