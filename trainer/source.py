@@ -26,7 +26,7 @@ from trainer.readout import Batch
 from trainer.rows import Rows, Scorer
 from trainer.runs import METRICS_FILE, RUN_FILE, record
 from trainer.tables import iterate_rows
-from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS
+from trainer.tasks import FIVE_WORDS, THREE_WORDS, TWO_WORDS, check_columns
 from trainer.tensors import digest
 from trainer.tune import epoch_stream, prompt_gradient
 from trainer.variants import InnerRates, hold_out_clusters, query_losses, step_size
@@ -133,6 +133,7 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
 
 
 def _start(config: SourceOptions, backbone: Backbone, flag: str) -> Params:
+    check_columns(config.template)
     params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     check_rate(config.rate, config.steps, params, flag)
     return params

@@ -255,3 +255,21 @@ def test_a_source_too_small_for_validation_says_what_to_change(
         run_meta(MetaConfig(**flags, validation_share=0.1))
     with pytest.raises(UserError, match=r"has fewer than the 8 rows that a task draws: lower --s"):
         run_meta(MetaConfig(**flags, validation_share=0.8))
+
+
+def test_a_start_is_not_trained_with_a_template_that_names_a_column(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.csv"
+    lines = [f"text {i},{i % 2},{i % 2}" for i in range(200)]
+    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    flags = {"data": str(path), "out": str(tmp_path / "o"), "backbone": str(tiny_t5), "steps": 1,
+             "prompt_tokens": 2, "words": ["bad", "good"],
+             "template": "{aspect}: {text} <extra_id_0>"}  # fmt: skip
+    for run in (
+        lambda: run_meta(MetaConfig(**flags)),
+        lambda: run_pretrain(PretrainConfig(**flags)),
+    ):
+        with pytest.raises(UserError, match=r"no place for \{aspect\}"):
+            run()
+    assert not (tmp_path / "o").exists()
