@@ -49,7 +49,9 @@ class BundleConfig:
         None, help="labelled file (CSV, TSV, JSONL, Parquet) to measure the precisions on"
     )
     task: str | None = option(None, help="the task of --validation, where there are several")
-    text_column: str = option("text", help="the text's column in --validation")
+    text_column: str | None = option(
+        None, help="the text's column in --validation (default: the task's)"
+    )
     label_column: str = option("label", help="the label's column in --validation")
     force: bool = option(False, help="keep a precision that loses more than 0.5 points")
     single_file: str | None = option(

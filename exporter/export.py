@@ -120,7 +120,7 @@ def export_bundle(
     int8_target: str = "any",
     validation: str | None = None,
     task: str | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     label_column: str = "label",
     force: bool = False,
 ) -> bundles.Bundle:
@@ -134,7 +134,7 @@ def export_bundle(
         max_tokens: longest row that the bundle takes, template included.
         int8_target: see `exporter.precision.int8_onnx`.
         validation: a labelled file on which every other precision is measured; `task` names its
-            task, `text_column` and `label_column` its columns.
+            task, `text_column` (None: the task's own) and `label_column` its columns.
         force: keep a precision that loses more than half a point of accuracy.
 
     Raises:
@@ -152,7 +152,8 @@ def export_bundle(
     texts = None
     if validation is not None:
         texts = load_validation(
-            validation, task, job.names, job.records, tokenizer, max_tokens, text_column,
+            validation, task, job.names, job.records,
+            [prompt.task.as_task() for prompt in job.prompts], tokenizer, max_tokens, text_column,
             label_column,
         )  # fmt: skip
     log.info("exporting %s: mode %s, %d prompt tokens", backbone.name, job.mode, job.tokens)

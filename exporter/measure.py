@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from exporter.record import Arrays
 from exporter.verify import feed, run
 from serve.errors import Failure, UserError
-from serve.task import Task
+from serve.task import Task as ServedTask
 from serve.tokenize import Encoder
 from trainer.data import load_examples
+from trainer.tasks import Task
 
 ROWS = 32  # of a batch; rows are sorted by length first, so that little is padding
 ALLOWED_LOSS = 0.005  # of accuracy: half a point
@@ -40,15 +41,19 @@ def load_validation(
     task: str | None,
     names: list[str],
     records: list[dict[str, Any]],
+    tasks: list[Task],
     tokenizer: Tokenizer,
     max_tokens: int,
-    text_column: str = "text",
+    text_column: str | None = None,
     label_column: str = "label",
 ) -> Validation:
     """Read a labelled file for one of the exported tasks.
 
     Args:
         task: its name; may be None where there is one task only.
+        records: of the exported tasks, for `serve.bundle.add_task`.
+        tasks: the same as the trainer knows them; they say which columns are the text where
+            `text_column` does not.
 
     Raises:
         UserError: the task is not among them, or the file does not fit its labels.
@@ -61,9 +66,12 @@ def load_validation(
         )
     slot = names.index(task)
     record = records[slot]
-    examples = load_examples(path, text_column, label_column, labels=record["labels"])
-    known = {item.name for item in fields(Task)}
-    served = Task(name=task, **{key: record[key] for key in known & set(record) - {"name"}})
+    own = tasks[slot]
+    examples = load_examples(
+        path, text_column or own.text_format, label_column, labels=own.labels, drop=own.drop
+    )
+    known = {item.name for item in fields(ServedTask)}
+    served = ServedTask(name=task, **{key: record[key] for key in known & set(record) - {"name"}})
     encoded = Encoder(tokenizer, max_tokens).encode(examples.texts, [served] * len(examples))
     return Validation(task, slot, [row.ids for row in encoded], np.asarray(examples.labels))
 

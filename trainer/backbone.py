@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from serve.errors import Failure, UserError
-from serve.files import sha256
+from serve.files import read_json, sha256
 from trainer.readout import BLANK
 from trainer.sharding import WHOLE, Shards
 from trainer.t5 import FrozenT5
@@ -22,6 +23,12 @@ from trainer.t5 import FrozenT5
 log = logging.getLogger(__name__)
 
 MINI = Path(__file__).parent / "backbones" / "mini"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json",
+)  # fmt: skip
+# Of config.json: where it came from, and how the weights are stored.
+_UNREAD = ("_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version")
 
 
 @dataclass
@@ -109,6 +116,25 @@ def weights_hash(folder: Path) -> str:
     if len(files) == 1:
         return sha256(files[0])
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def backbone_mark(folder: Path) -> str:
+    """A digest of all that a backbone's answers follow from: its weights, its configuration and its
+    tokenizer. A prompt is bound to the weights alone; a finished run is kept for as long as nothing
+    of this changes.
+
+    Raises:
+        UserError: as for `weights_hash`.
+    """
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict):  # what else it may be is refused when it is loaded
+        config = {name: value for name, value in config.items() if name not in _UNREAD}
+    digest = hashlib.sha256(weights_hash(folder).encode())
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name in _TOKENIZER_FILES:
+        file = folder / name
+        digest.update(f"{name} {sha256(file) if file.is_file() else '-'}".encode())
+    return digest.hexdigest()
 
 
 def load_backbone(

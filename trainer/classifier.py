@@ -82,6 +82,7 @@ class BundleLabeller(Measured):
             raise UserError(f"--bundle-task {self.task}: {folder} has {', '.join(tasks)}")
         self.folder = str(Path(folder).absolute())
         self.names = tuple(self._classifier.tasks[self.task].labels)
+        self.words = tuple(self._classifier.tasks[self.task].words)
         self.classes = len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:

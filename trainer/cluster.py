@@ -238,7 +238,7 @@ def fit_centres(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
     different = len(np.unique(vectors, axis=0))
     if different < k:
         raise UserError(
-            f"--k {k} clusters cannot be made of {different} different texts: pass a smaller --k"
+            f"{k} clusters cannot be made of {different} different texts: ask for fewer"
         )
     if len(vectors) > _MINIBATCH_ABOVE:
         logger.info("%d texts: mini-batch K-means", len(vectors))

@@ -27,6 +27,9 @@ class SourceOptions(PromptOptions):
     data: str = option(help="the Parquet file that `cluster` wrote", metavar="FILE")
     out: str = option(help="folder of the prompt")
     init: str = option("vocab", help="random, vocab, shipped:NAME, or a prompt folder")
+    labels: list[str] = option(
+        [], help="names of the classes, in the order of --words (default: the file's order)"
+    )
     words: list[str] = option(
         [], help="label word of each class (default for numbers and sentiment scales: bad good ...)"
     )

@@ -18,13 +18,13 @@ from trainer.backbone import Backbone, load_backbone
 from trainer.configs import EvaluateConfig
 from trainer.data import Examples
 from trainer.figures import as_table, figures
-from trainer.labels import class_order
+from trainer.labels import Classes, match_classes
 from trainer.modes import Params
 from trainer.options import output_file, pick_device
 from trainer.prompt import Prompt, TaskRecord, check_fits, load_prompt, read_record
 from trainer.rows import Rows, Scorer
 from trainer.runs import versions
-from trainer.tasks import Task, get_task
+from trainer.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +73,7 @@ def _task_of(config: EvaluateConfig, record: TaskRecord) -> Task:
     if not record.labels:  # a prompt of PEFT's or Google's says nothing about labels
         return config.resolve_task()
     _check_flags(config, record)
-    if config.task is not None:
-        return config.resolve_task()
-    labels, words = tuple(record.labels), tuple(record.words)
-    if record.data_set and get_task(record.data_set).classes == len(labels):
-        # As the prompt's texts were read: with their aspects, and without the rows to be dropped.
-        known = get_task(record.data_set)
-        return replace(known, labels=labels, words=words, template=record.template)
-    return Task(record.name, labels, words, template=record.template)
+    return record.as_task() if config.task is None else config.resolve_task()
 
 
 def _check_flags(config: EvaluateConfig, record: TaskRecord) -> None:
@@ -115,24 +108,21 @@ def _match(task: Task, record: TaskRecord) -> list[int]:
             f"the prompt knows {len(record.labels)} classes {both} {len(task.labels)} "
             f"({', '.join(task.labels)}): pass the task it was tuned for"
         )
-    theirs, ours = ([name.strip().casefold() for name in x.labels] for x in (task, record))
-    if sorted(theirs) == sorted(ours):
-        return [ours.index(name) for name in theirs]
-    places = class_order(task.labels, task.words)
-    own = class_order(record.labels, record.words)
-    if places is None or own is None:
+    found = match_classes(Classes(task.labels, task.words), Classes(record.labels, record.words))
+    if found is None:
         raise UserError(
             f"the prompt knows the classes {both} {', '.join(task.labels)}, and neither their "
             "names nor their label words say which is which: pass the task it was tuned for, or "
             "--task with --labels, the prompt's names in the order of the task's classes"
         )
-    order = [own.index(place) for place in places]
-    pairs = zip(task.labels, (record.labels[index] for index in order), strict=True)
+    if found.by_name:
+        return found.order
+    pairs = zip(task.labels, (record.labels[index] for index in found.order), strict=True)
     log.warning(
         "the classes of task '%s' are matched with the prompt's by their order: %s",
         task.name, ", ".join(f"{name} is {of_prompt}" for name, of_prompt in pairs),
     )  # fmt: skip
-    return order
+    return found.order
 
 
 def run_evaluate(config: EvaluateConfig) -> None:

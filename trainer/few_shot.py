@@ -42,6 +42,8 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
         UserError: the rows cannot be read, or are too few.
     """
     pool = config.load(task, "train")
+    if config.data is not None:
+        _warn_of_contradictions(pool)
     own = config.load_validation(task)
     if own is not None:
         train = config.train or min(_USUAL, len(pool))
@@ -61,6 +63,22 @@ def draw(config: TuneConfig | FinetuneConfig, task: Task) -> tuple[Examples, Exa
         )  # fmt: skip
     chosen = draw_few_shot(pool, config.seed, train, validation, task.classes, config.balanced)
     return pool.take(chosen[0]), pool.take(chosen[1])
+
+
+def _warn_of_contradictions(pool: Examples) -> None:
+    """Say so where a text is in a file under several labels: a model can learn one of them."""
+    seen: dict[str, set[int]] = {}
+    for text, label in zip(pool.texts, pool.labels.tolist(), strict=True):
+        seen.setdefault(" ".join(text.split()), set()).add(label)
+    torn = ((text, labels) for text, labels in seen.items() if len(labels) > 1)
+    first = next(torn, None)
+    if first is not None:
+        text, labels = first
+        log.warning(
+            "%s has texts under more than one label, such as %r (%s): correct them, or, where the "
+            "labels are of different things, name these in the text with --text-column",
+            pool.source, text[:60], ", ".join(pool.names[i] for i in sorted(labels)),
+        )  # fmt: skip
 
 
 def _held_out(config: TuneConfig | FinetuneConfig, own: Examples) -> Examples:

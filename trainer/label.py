@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from serve.files import atomic_write, sha256
 from trainer.classifier import KINDS, BundleLabeller, Measured, train_labeller
 from trainer.corpus import BadFiles, Sentence, find_files, sentences, split_sentences
 from trainer.data import Examples, load_examples, load_task
-from trainer.labels import class_metadata
+from trainer.labels import Classes, class_metadata, match_classes
 from trainer.onnx_encoder import ENGINES
 from trainer.options import MOST_SEED, output_file
 from trainer.remote import Source, size_of
@@ -35,6 +35,7 @@ from trainer.reservoir import Reservoir
 from trainer.runs import data_digest, write_record
 from trainer.spelling import fingerprint
 from trainer.tables import iterate_rows
+from trainer.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
@@ -188,12 +189,7 @@ def _labeller(
         made_of = [sha256(manifest)] if manifest.is_file() else []
         if config.data is None and config.task is None:
             return exported, exported.names, {}, made_of
-        test = _labelled(config, "test")
-        if len(test.names) != exported.classes:
-            raise UserError(
-                f"--bundle-task {exported.task} has the classes {', '.join(exported.names)}, but "
-                f"{test.source} has {', '.join(test.names)}: measure it on its own classes"
-            )
+        test = _in_classes_of(exported, _labelled(config, "test"), config)
         figures = exported.measure(test, config.threshold)
         sys.stdout.write(_describe(figures, config, test.source, exported.classes))
         return exported, exported.names, figures, made_of
@@ -205,6 +201,29 @@ def _labeller(
     figures = labeller.measure(test, config.threshold)
     sys.stdout.write(_describe(figures, config, test.source, len(train.names)))
     return labeller, train.names, figures, [data_digest(train.texts, train.labels)]
+
+
+def _in_classes_of(exported: BundleLabeller, test: Examples, config: LabelConfig) -> Examples:
+    """The rows with the class indices of the bundle's task.
+
+    Raises:
+        UserError: they are other classes.
+    """
+    words = get_task(config.task).words if config.task else ()
+    found = match_classes(Classes(test.names, words), Classes(exported.names, exported.words))
+    if found is None:
+        raise UserError(
+            f"--bundle-task {exported.task} has the classes {', '.join(exported.names)}, but "
+            f"{test.source} has {', '.join(test.names)}: measure it on its own classes"
+        )
+    if not found.by_name:
+        pairs = zip(test.names, (exported.names[index] for index in found.order), strict=True)
+        logger.warning(
+            "the classes of %s are matched with the bundle's by their order: %s",
+            test.source, ", ".join(f"{name} is {of_bundle}" for name, of_bundle in pairs),
+        )  # fmt: skip
+    labels = np.array(found.order)[test.labels]
+    return replace(test, labels=labels, names=exported.names)
 
 
 def _check(config: LabelConfig) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,51 @@ def class_order(labels: Sequence[str], words: Sequence[str]) -> list[int] | None
         # Numbers come last: a class "0" that is read out as "good" is the upper one.
         return scale_order(words) or scale_order(labels)
     return scale_order(labels) or scale_order(words)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """C classes: what they are called, and the label words that they are read out as, if any."""
+
+    labels: Sequence[str]
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which class of one side each class of another is.
+
+    Attributes:
+        order: [C], the index among ours of each of theirs.
+        by_name: whether the names say so; otherwise the places on the scales that they form.
+    """
+
+    order: list[int]
+    by_name: bool
+
+
+def match_classes(theirs: Classes, ours: Classes) -> Match | None:
+    """The classes of a data set against those of a prompt or a bundle's task.
+
+    By their names, without case; where these differ, by their places on the scale that the names
+    or the label words of each side form. None where neither tells.
+    """
+    if len(theirs.labels) != len(ours.labels):
+        return None
+    names, own = ([name.strip().casefold() for name in x.labels] for x in (theirs, ours))
+    if sorted(names) == sorted(own):
+        return Match([own.index(name) for name in names], by_name=True)
+    places = class_order(theirs.labels, theirs.words)
+    own_places = class_order(ours.labels, ours.words)
+    if places is None or own_places is None:
+        return None
+    return Match([own_places.index(place) for place in places], by_name=False)
+
+
+def tell_words(labels: Sequence[str], words: Sequence[str]) -> None:
+    """Say which label word is which class's, where the order of the classes was found."""
+    pairs = zip(labels, words, strict=True)
+    logger.info("label words: %s", ", ".join(f"{word} for '{label}'" for label, word in pairs))
 
 
 def class_metadata(names: Sequence[str]) -> dict[bytes, bytes]:

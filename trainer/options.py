@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from serve.cli import option
 from serve.errors import UserError
 from serve.files import make_parent
 from trainer.data import Examples, LabelledFile, as_format, load_task, read_file
+from trainer.labels import tell_words
 from trainer.runs import RUN_FILE
 from trainer.tasks import Task, check_columns, get_task, make_task
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # torch takes seconds, which `--help` need not
 
     from trainer.backbone import Backbone
 
-
-log = logging.getLogger(__name__)
 
 MOST_SEED = 2**32 - 1  # what scikit-learn and SetFit take
 MOST_RATE = 1000.0  # a step moves a number by about the rate: beyond float32 from some 1e38 on
@@ -119,8 +117,7 @@ class TaskOptions:
             Path(self.data).stem, names, self.words or None, description=f"from {self.data}"
         )
         if self.words and not self.labels:  # the order of the classes was found, not given
-            pairs = zip(task.labels, task.words, strict=True)
-            log.info("label words: %s", ", ".join(f"{word} for '{label}'" for label, word in pairs))
+            tell_words(task.labels, task.words)
         return replace(task, **changes)
 
     def load(self, task: Task, split: str | None) -> Examples:

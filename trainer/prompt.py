@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from serve.prompt import prompt_rows
 from serve.task import is_count
 from trainer.backbone import Backbone
 from trainer.modes import MODES, Params
-from trainer.tasks import TEMPLATE, task_names
+from trainer.tasks import TEMPLATE, Task, get_task, task_names
 from trainer.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -71,6 +71,15 @@ class TaskRecord:
         """The registered task that it is of, if it is of one: see `registered`."""
         name = self.name if self.registered is None else self.registered
         return name if name in task_names() else None
+
+    def as_task(self) -> Task:
+        """The task as the prompt was tuned on it: texts of a registered one are read with their
+        aspects, and without the rows to be dropped."""
+        labels, words = tuple(self.labels), tuple(self.words)
+        if self.data_set and get_task(self.data_set).classes == len(labels):
+            known = get_task(self.data_set)
+            return replace(known, labels=labels, words=words, template=self.template)
+        return Task(self.name, labels, words, template=self.template)
 
 
 @dataclass

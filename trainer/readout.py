@@ -105,6 +105,10 @@ def encode_texts(
 ) -> list[list[int]]:
     """Token ids of each text within its template. Truncation cuts the text, never the template.
 
+    As where it is served (`serve.tokenize.Encoder`), a text cannot set the mask or end the input:
+    "<extra_id_0>" or "</s>" in it is split like other characters, and where the vocabulary has
+    the piece itself (T5's does), it is the unknown token.
+
     Raises:
         UserError: `max_tokens` has no room for the template and one token of text.
     """
@@ -114,8 +118,17 @@ def encode_texts(
             f"--max-tokens {max_tokens} leaves no room for text beside the template's "
             f"{template.tokens} tokens: raise it"
         )
-    pieces = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return [[*template.before, *piece[:room], *template.after] for piece in pieces]
+    pieces = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    unknown = tokenizer.unk_token_id
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(unknown)
+    plain = [
+        piece if special.isdisjoint(piece) else [unknown if i in special else i for i in piece]
+        for piece in pieces
+    ]
+    return [[*template.before, *piece[:room], *template.after] for piece in plain]
 
 
 def collate(rows: Sequence[Sequence[int]], labels: Any = None) -> Batch:

@@ -15,7 +15,14 @@ from trainer.backbone import Backbone
 from trainer.configs import MetaConfig, PretrainConfig, SourceOptions
 from trainer.graphs import OuterGraphs
 from trainer.initial import initial_params
-from trainer.labels import as_index, class_codes, class_names, find_labels, scale_order
+from trainer.labels import (
+    as_index,
+    class_codes,
+    class_names,
+    find_labels,
+    scale_order,
+    tell_words,
+)
 from trainer.loop import DEFAULT_OPTIONS, Loop, RunOptions, Score, check_rate
 from trainer.meta import Outcome, TaskSampler, adapt, outer_losses, task_losses
 from trainer.modes import Params, add_group
@@ -113,6 +120,22 @@ def source_words(words: Sequence[str], data: SourceData, advice: str = _ADVICE) 
             f"{advice}"
         )
     return found
+
+
+def in_order(data: SourceData, names: Sequence[str]) -> SourceData:
+    """The same rows with their classes in the order of `names`, without case.
+
+    Raises:
+        UserError: the classes are called something else.
+    """
+    own, wanted = ([name.strip().casefold() for name in x] for x in (data.names, names))
+    if sorted(own) != sorted(wanted):
+        raise UserError(
+            f"--labels {' '.join(names)}: the classes of --data are called "
+            f"{', '.join(data.names)}: name each of them once, in the order of --words"
+        )
+    order = np.array([wanted.index(name) for name in own])
+    return replace(data, labels=order[data.labels], names=tuple(names))
 
 
 def hold_out(data: SourceData, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -256,8 +279,8 @@ def _episodes(
     large = [name for name, count in counts.items() if count >= 2 * samples]
     if not large:
         raise UserError(
-            f"no cluster keeps {2 * samples} rows for validation: pass more data, a larger "
-            "--validation-share, or fewer --samples"
+            f"no cluster keeps {2 * samples} rows for validation: pass more data or fewer "
+            "--samples, make fewer clusters, or give `meta` a larger --validation-share"
         )
     rows = np.flatnonzero(np.isin(held.clusters, large))
     sampler = TaskSampler(held.clusters[rows], held.labels[rows], samples)
@@ -321,7 +344,11 @@ def source_prompt(loop: Loop, config: SourceOptions, words: list[str], method: s
 def _run(config: SourceOptions, command: str, train: Callable[..., Loop]) -> None:
     out = result_folder(config.out)
     data = read_source(config.data, clustered=command == "meta")
+    if config.labels:
+        data = in_order(data, config.labels)
     words = source_words(config.words, data)
+    if config.words and not config.labels:
+        tell_words(data.names, words)
     backbone = config.load_backbone()
     rows = digest(data.texts, data.labels, data.clusters)
     run = record(command, config, backbone_sha256=backbone.sha256, data_sha256=rows)

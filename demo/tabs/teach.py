@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -83,6 +83,11 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
         raise UserError("The file needs two columns: text and label.")
     names = [name for name in sheet.header if name.strip().lower() in LABEL_NAMES]
     label_column = names[0] if names else sheet.header[-1]
+    if not {name.lower() for name in sheet.header} & {*TEXT_NAMES, *LABEL_NAMES}:
+        again = [name for name in sheet.header if name in map(str.strip, sheet.column(name))]
+        if again:  # the first line is an example as well: there is no header
+            label_column = again[-1]
+            sheet = replace(sheet, rows=[sheet.header, *sheet.rows])
     texts = sheet.column(sheet.guess(TEXT_NAMES, not_this=label_column))
     groups: dict[str, list[str]] = {}
     for text, label in zip(texts, sheet.column(label_column), strict=True):

@@ -193,6 +193,14 @@ def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
     assert fields_of_file(str(path), room) == (["yes", "no"], ["I agree\nof course", "never"])
     path.write_text('label,text\n"very\nsad",I cry\nglad,I sing\nvery sad,I weep\n')
     assert fields_of_file(str(path), room) == (["very sad", "glad"], ["I cry\nI weep", "I sing"])
+    # Without a header the first line is an example, whichever column the labels are in.
+    path.write_text("great lamp,good\nnice chair, good\nawful vase,bad\npoor pen,bad\n")
+    fields = (["good", "bad"], ["great lamp\nnice chair", "awful vase\npoor pen"])
+    assert fields_of_file(str(path), room) == fields
+    path.write_text("good,great lamp\ngood,nice chair\nbad,awful vase\nbad,poor pen\n")
+    assert fields_of_file(str(path), room) == fields
+    path.write_text("what,mood\ngreat lamp,good\nawful vase,bad\n")
+    assert fields_of_file(str(path), room) == (["good", "bad"], ["great lamp", "awful vase"])
     path.write_text("text\nonly texts\n")
     with pytest.raises(UserError, match="two columns"):
         fields_of_file(str(path), room)

@@ -12,7 +12,10 @@ from tokenizers import Tokenizer
 from exporter import measure
 from exporter.measure import ROWS, Validation, answer, compare, load_validation
 from exporter.record import template_ids
+from serve.errors import UserError
+from trainer.prompt import TaskRecord
 from trainer.readout import compile_template, encode_texts
+from trainer.tasks import Task
 
 
 def test_figures_of_a_variant_by_hand() -> None:
@@ -61,12 +64,49 @@ def test_texts_are_cut_as_in_training(tiny_t5: Path, tmp_path: Path, own: int, l
         "labels": ["bad", "good"], "words": ["bad", "good"], "word_ids": [5, 6],
         "template": template, "prefix_ids": before, "suffix_ids": after, "max_tokens": own,
     }  # fmt: skip
-    texts = ["the food was not very good but the story is great", "bad", "a film " * 200]
+    texts = ["the food was not very good but the story is great", "b<unk>ad", "a film " * 200]
     data = tmp_path / "v.csv"
     data.write_text("text,label\n" + "".join(f"{t},{i % 2}\n" for i, t in enumerate(texts)))
-    found = load_validation(str(data), None, ["film"], [record], tokenizer, limit)
+    tasks = [Task("film", ("bad", "good"), ("bad", "good"), template)]
+    found = load_validation(str(data), None, ["film"], [record], tasks, tokenizer, limit)
     theirs = AutoTokenizer.from_pretrained(tiny_t5)
     want = encode_texts(theirs, compile_template(theirs, template), texts, 10)
     assert found.rows == want
     assert all(row[: len(before)] == before and row[-len(after) :] == after for row in want)
     assert [len(row) for row in want][::2] == [10, 10] and found.labels.tolist() == [0, 1, 0]
+
+
+def test_rows_of_a_registered_task_are_read_with_their_aspects(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
+    """As `evaluate` reads them: a text of two aspects has an answer for each, and rows of a class
+    that the task drops are no rows."""
+    template = "{text} It was <extra_id_0>."
+    tokenizer = Tokenizer.from_file(str(tiny_t5 / "tokenizer.json"))
+    before, after = template_ids(template, tokenizer, "p")
+    record = {
+        "labels": ["no", "so so", "yes"], "words": ["bad", "film", "good"],
+        "word_ids": [5, 6, 7], "template": template, "prefix_ids": before, "suffix_ids": after,
+    }  # fmt: skip
+    data = tmp_path / "v.csv"
+    data.write_text(
+        "text,aspect,label\ngood but not very,food,no\ngood but not very,story,yes\n"
+        "good,story,conflict\n"
+    )
+
+    def read(registered: str | None, column: str | None = None) -> list[list[int]]:
+        own = TaskRecord("film", record["labels"], record["words"], template, registered=registered)
+        return load_validation(
+            str(data), None, ["film"], [record], [own.as_task()], tokenizer, 64, column
+        ).rows
+
+    def tokens(*texts: str) -> list[list[int]]:
+        return [
+            [*before, *tokenizer.encode(t, add_special_tokens=False).ids, *after] for t in texts
+        ]
+
+    want = tokens("food: good but not very", "story: good but not very")
+    assert read("semeval-restaurant") == want
+    assert read("semeval-restaurant", "{aspect}: {text}") == want
+    with pytest.raises(UserError, match="conflict"):
+        read("")

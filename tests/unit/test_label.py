@@ -226,19 +226,24 @@ class Exported:
     def __init__(self, folder: str, **settings: Any):
         self.opened.append({"folder": folder, **settings})
         self.tasks = {
-            "mood": SimpleNamespace(labels=["bad", "good"]),
-            "stars": SimpleNamespace(labels=["1", "2", "3"]),
+            "mood": SimpleNamespace(labels=["bad", "good"], words=["bad", "good"]),
+            "upside": SimpleNamespace(labels=["Good", "Bad"], words=["yes", "no"]),
+            "answers": SimpleNamespace(labels=["no", "yes"], words=["no", "yes"]),
+            "words": SimpleNamespace(labels=["plus", "minus"], words=["good", "bad"]),
+            "stars": SimpleNamespace(labels=["1", "2", "3"], words=["bad", "okay", "good"]),
         }
 
     def classify(self, texts: list[str], task: str) -> list[Any]:
         sure = [0.9 if any(word in text for word in FINE) else 0.2 for text in texts]
         # Labels in another order than the task's: they are looked up by name.
-        return [SimpleNamespace(probabilities={"good": p, "bad": 1 - p}) for p in sure]
+        names = {"upside": ("Good", "Bad"), "words": ("plus", "minus")}
+        upper, lower = names.get(task, ("good", "bad"))
+        return [SimpleNamespace(probabilities={upper: p, lower: 1 - p}) for p in sure]
 
 
 def test_a_bundle_annotates_and_travels_by_its_folder(
     material: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("serve.classifier.Classifier", Exported)
     labeller = BundleLabeller(str(tmp_path), "mood")
@@ -249,9 +254,9 @@ def test_a_bundle_annotates_and_travels_by_its_folder(
     assert copy.probabilities([]).shape == (0, 2)
     assert Exported.opened[-1]["folder"] == str(tmp_path)
     assert Exported.opened[-1]["threads"] == 1
-    with pytest.raises(UserError, match="has the tasks mood, stars: pass --bundle-task"):
+    with pytest.raises(UserError, match=r"has the tasks answers, mood, .*: pass --bundle-task"):
         BundleLabeller(str(tmp_path))
-    with pytest.raises(UserError, match=r"--bundle-task tone: .* has mood, stars"):
+    with pytest.raises(UserError, match=r"--bundle-task tone: .* has answers, mood, "):
         BundleLabeller(str(tmp_path), "tone")
 
     flags = {"classifier": "bundle", "bundle": str(tmp_path), "bundle_task": "mood"}
@@ -266,6 +271,14 @@ def test_a_bundle_annotates_and_travels_by_its_folder(
         run_label(LabelConfig(**material, **{**flags, "bundle_task": "stars"}))
     with pytest.raises(UserError, match="--classifier bundle and --bundle FOLDER go together"):
         run_label(LabelConfig(**material, bundle="b"))
+    # Classes are matched by what they are called or stand for, never by their numbers.
+    for task, said in (("upside", False), ("words", True)):
+        caplog.clear()
+        run_label(LabelConfig(**material, **{**flags, "bundle_task": task}))
+        assert "classifier (bundle): accuracy 1.000" in capsys.readouterr().out
+        assert ("by their order: bad is minus, good is plus" in caplog.text) == said
+    with pytest.raises(UserError, match=r"has the classes no, yes, but .* has bad, good"):
+        run_label(LabelConfig(**material, **{**flags, "bundle_task": "answers"}))
 
 
 def test_a_class_without_training_rows_is_named() -> None:

@@ -273,7 +273,8 @@ def test_figure2_has_a_point_for_each_number_of_samples(
     command.run_reproduce(ReproduceConfig(**settings))
     rows = read_csv(tmp_path / "out/figure2.csv")
     assert [row["x"] for row in rows] == ["10", "20"]
-    assert "| samples | 10 | 20 | mean |" in (tmp_path / "out/figure2.md").read_text()
+    text = (tmp_path / "out/figure2.md").read_text()
+    assert "| samples | 10 | 20 | mean |" in text and "- N + 20 samples, seeds 1, all t" in text
     assert (tmp_path / "out/figure2.svg").is_file()
 
 

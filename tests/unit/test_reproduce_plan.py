@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +11,17 @@ import numpy as np
 import pytest
 
 from serve.errors import Failure, UserError
+from trainer.backbone import backbone_mark
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import UNBUILT, Facts, asked, make_plan, sources_needed
+from trainer.reproduce.plan import UNBUILT, Facts, TaskFacts, asked, make_plan, sources_needed
 from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
 from trainer.tasks import PAPER_TASKS, get_task
 
 FACTS = Facts(
     "b" * 64,
-    {task: task[::-1] for task in PAPER_TASKS},
+    {task: TaskFacts(task[::-1], 4000, 500) for task in PAPER_TASKS},
     {
         "text": {"sha": "t" * 16, "rows": 3000, "clustered": False},
         "yelp": {"sha": "y" * 16, "rows": 900, "clustered": False},
@@ -121,6 +123,66 @@ def test_a_source_has_no_more_rows_than_it_has() -> None:
         make_plan(config, FACTS)
     unbuilt = replace(FACTS, sources={**FACTS.sources, "text": UNBUILT})  # it may have as many
     assert {run.x for run in make_plan(config, unbuilt)} == {1000, 10**9}
+
+
+def test_a_limit_of_all_there_is_is_no_other_run() -> None:
+    """A start of T5-base takes hours: it is not trained again for a limit that limits nothing."""
+    base = ReproduceConfig(what="table1", methods=["ppt", "metapt"], tasks=["sst2"], seeds=[1])
+    for same in (
+        replace(base, source_rows=3000), replace(base, source_rows=9999),
+        replace(base, limit_eval=500), replace(base, limit_eval=501),
+    ):  # fmt: skip
+        assert hashes(same) == hashes(base)
+    for other in (replace(base, source_rows=2999), replace(base, limit_eval=499)):
+        assert not set(hashes(other)) & set(hashes(base))
+    curve = ReproduceConfig(what="figure3a", methods=["ppt"], seeds=[1], source_rows=1500)
+    points = {run.x: run.settings["start"]["source"]["rows"] for run in make_plan(curve, FACTS)}
+    assert points == {1000: 1000, 1500: 1500}
+    with pytest.raises(UserError, match="--sizes 2000: the source has 1500 rows of it may be used"):
+        make_plan(replace(curve, sizes=[2000]), FACTS)
+
+
+def test_more_than_there_is_is_refused_before_any_run(caplog: pytest.LogCaptureFixture) -> None:
+    few = replace(FACTS, data={**FACTS.data, "sst2": TaskFacts("s", 100, 9)})
+    base = ReproduceConfig(what="table1", methods=["pt"], tasks=["sst5", "sst2"], seeds=[1])
+    assert len(make_plan(replace(base, train=60), few)) == 2
+    with pytest.raises(UserError, match=r"'sst2' has 100 rows .* --train 61 and --validation 40"):
+        make_plan(replace(base, train=61), few)
+    make_plan(replace(base, methods=["words"], train=61), few)  # which draws none
+    curve = replace(base, what="figure2")
+    points = sorted((run.task, run.x) for run in make_plan(curve, few))
+    assert points == [("sst2", x) for x in (10, 20, 40)] + [("sst5", 10 * 2**i) for i in range(9)]
+    assert "no point at 80, 160, 320" in caplog.text
+    with pytest.raises(UserError, match=r"too few for --sizes 70 80 and --validation 40"):
+        make_plan(replace(curve, sizes=[70, 80]), few)
+    for config, flag in (
+        (ReproduceConfig(what="table1", clusters=3001), "--clusters 3001"),
+        (ReproduceConfig(what="table2", methods=["lda"], clusters=3001), "--clusters 3001"),
+        (ReproduceConfig(what="figure3a", sizes=[8, 3000]), "--clusters 10"),
+        (ReproduceConfig(what="figure3b", sizes=[3, 3001]), "--sizes 3001"),
+    ):
+        with pytest.raises(UserError, match=f"{flag}: so many clusters cannot be made of"):
+            make_plan(config, FACTS)
+    given = {"text": {**FACTS.sources["text"], "rows": 8, "clustered": True}}
+    make_plan(replace(base, methods=["metapt"]), replace(FACTS, sources=given))
+
+
+def test_a_backbone_is_known_by_all_that_its_answers_follow_from(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
+    mark = backbone_mark(tiny_t5)
+    for file, change, same in (
+        ("config.json", {"transformers_version": "0", "dtype": "float16"}, True),
+        ("config.json", {"decoder_start_token_id": 1}, False),
+        ("config.json", {"dense_act_fn": "gelu"}, False),
+        ("tokenizer_config.json", {"eos_token": "<x>"}, False),
+        ("tokenizer.json", {"normalizer": None, "version": "2"}, False),
+    ):
+        copy = tmp_path / f"{file}{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny_t5, copy)
+        values = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps({**values, **change}))
+        assert (backbone_mark(copy) == mark) == same, change
 
 
 def test_an_encoder_is_known_by_its_files(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from trainer.source import (
     PretrainConfig,
     SourceData,
     hold_out,
+    in_order,
     read_source,
     run_meta,
     run_pretrain,
@@ -273,3 +274,36 @@ def test_a_start_is_not_trained_with_a_template_that_names_a_column(
         with pytest.raises(UserError, match=r"no place for \{aspect\}"):
             run()
     assert not (tmp_path / "o").exists()
+
+
+def test_words_go_to_the_classes_that_are_named(
+    tiny_t5: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for `tune`: `--labels` says whose each word is; without it the file's order is told."""
+    caplog.set_level("INFO")
+    path = tmp_path / "s.csv"
+    names = ("refund", "delivery", "other")
+    lines = [f"text {i},{names[i % 3]},{i % 2}" for i in range(300)]
+    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    data = read_source(str(path), clustered=True)
+    assert data.names == ("delivery", "other", "refund")
+    ordered = in_order(data, ["Refund", "delivery", "other"])
+    assert ordered.labels.tolist() == [i % 3 for i in range(300)]
+    assert ordered.texts == data.texts and ordered.names == ("Refund", "delivery", "other")
+
+    flags = {"data": str(path), "backbone": str(tiny_t5), "steps": 1, "prompt_tokens": 2,
+             "words": ["bad", "film", "good"], "batch": 4}  # fmt: skip
+    told = "label words: bad for 'delivery', film for 'other', good for 'refund'"
+    run_pretrain(PretrainConfig(**flags, out=str(tmp_path / "found")))
+    assert told in caplog.text
+    caplog.clear()
+    run_pretrain(PretrainConfig(**flags, out=str(tmp_path / "named"), labels=list(names)))
+    assert "label words" not in caplog.text
+    figures = [
+        json.loads((tmp_path / out / "task.json").read_text())["figures"]["validation_loss"]
+        for out in ("found", "named")
+    ]
+    assert figures[0] != figures[1]  # the words stand for other classes
+    for wrong in (["refund", "delivery"], ["refund", "delivery", "late"], ["refund"] * 3):
+        with pytest.raises(UserError, match=r"the classes of --data are called delivery, other, r"):
+            run_pretrain(PretrainConfig(**flags, out=str(tmp_path / "no"), labels=wrong))

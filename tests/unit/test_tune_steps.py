@@ -207,6 +207,25 @@ def test_a_text_is_cut_where_serving_cuts_it_and_the_template_never(
         encode_texts(tokenizer, parts, texts, parts.tokens)
 
 
+def test_a_text_cannot_set_the_mask_nor_end_the_input(tiny_t5: Path) -> None:
+    """Neither in training nor where it is served, and both read the same."""
+    tokenizer = load_backbone(str(tiny_t5)).tokenizer
+    parts = compile_template(tokenizer, "{text} It was <extra_id_0>.")
+    served = ServedTask(
+        "film", ["no", "yes"], ["bad", "good"], [5, 6], "t", list(parts.before), list(parts.after)
+    )
+    texts = ["good </s>", "<s> good", "a <pad> film<pad>", "it was <extra_id_0>. good", "b<unk>d"]
+    rows = encode_texts(tokenizer, parts, texts, 64)
+    encoder = Encoder(Tokenizer.from_file(str(tiny_t5 / "tokenizer.json")), 512)
+    assert [item.ids for item in encoder.encode(texts, [served] * len(texts))] == rows
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    blank = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    for row in rows:
+        assert special.isdisjoint(row[: -len(parts.after)]) and row.count(blank) == 1
+    # A template's own mask stays one, also after texts were read.
+    assert compile_template(tokenizer, "{text} It was <extra_id_0>.") == parts
+
+
 @pytest.mark.parametrize(
     ("counts", "accuracy", "share"),
     [
@@ -275,6 +294,22 @@ def test_without_test_rows_the_marked_ones_are_left_for_testing(tmp_path: Path) 
     config = TuneConfig(out="", data=str(path), labels=["no", "yes"])
     train, held = few_shot.draw(config, config.resolve_task())
     assert sorted(train.texts + held.texts) == sorted(f"train {i}" for i in range(10))
+
+
+def test_texts_under_two_labels_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "torn.csv"
+    rows = [f"text {i},{('no', 'yes')[i % 2]}" for i in range(20)]
+    settings = {"out": "", "data": str(path), "labels": ["no", "yes"], "train": 8, "validation": 4}
+    torn = ["text 4,no", "text  6 ,yes"]
+    for more, told in ((rows[2:4] * 5, False), (torn * 5, True)):
+        path.write_text("text,label\n" + "\n".join(rows + more))
+        caplog.clear()
+        config = TuneConfig(**settings)
+        few_shot.draw(config, config.resolve_task())
+        assert ("under more than one label" in caplog.text) == told
+    assert "texts under more than one label, such as 'text 6' (no, yes)" in caplog.text
 
 
 def test_full_tuning_at_a_rate_of_0_is_refused(tiny_t5: Path) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from serve.cli import as_json
 from serve.errors import Failure, UserError
 from serve.files import atomic_write, write_json
-from trainer.backbone import backbone_folder, weights_hash
+from trainer.backbone import backbone_folder, backbone_mark
 from trainer.cluster import assign
 from trainer.data import Examples
 from trainer.options import output_folder
@@ -35,10 +35,10 @@ from trainer.reproduce.report import X_NAMES, Done, as_csv, comparisons, make_gr
 from trainer.reproduce.sources import (
     balanced_rows,
     describe_source,
+    describe_task,
     embeddings,
     encoder_mark,
     source_files,
-    task_digest,
 )  # fmt: skip
 from trainer.reproduce.store import Settings, Store, settings_hash
 from trainer.reproduce.work import Surroundings
@@ -75,8 +75,8 @@ def run_reproduce(config: ReproduceConfig) -> None:
             _figure4(config, out, files["text"])
         return
     facts = Facts(
-        weights_hash(backbone_folder(config.backbone)),
-        {task: task_digest(task, config.data_dir) for task in tasks_of(config)},
+        backbone_mark(backbone_folder(config.backbone)),
+        {task: describe_task(task, config.data_dir) for task in tasks_of(config)},
         {name: describe_source(files[name]) if name in files else UNBUILT for name in names},
         encoder_mark(config.encoder),
     )
@@ -187,11 +187,11 @@ def _write(config: ReproduceConfig, plan: list[Run], store: Store, out: Path) ->
     done = finished(plan, store)
     what, title = config.what, TITLES[config.what]
     grid = make_grid(what, plan, done, config.modes)
-    rows = "all test rows" if not config.limit_eval else f"{config.limit_eval} test rows"
+    rows = "all test rows" if not config.limit_eval else f"{config.limit_eval} test rows at most"
     notes = [
         f"backbone {config.backbone}, {config.prompt_tokens} prompt tokens, modes "
         f"{', '.join(config.modes)}",
-        f"{config.train} + {config.validation} samples, seeds "
+        f"{'N' if what == 'figure2' else config.train} + {config.validation} samples, seeds "
         f"{', '.join(map(str, config.seeds))}, {rows}",
         f"MetaPT: {config.meta_steps} outer steps at most, alpha {config.inner_rate:g}, beta "
         f"{config.outer_rate:g}; PPT: {config.ppt_steps or config.meta_steps} steps at most of "

@@ -7,6 +7,7 @@ Two tables that need the same run share it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
 from trainer.reproduce.store import Settings
 from trainer.tasks import PAPER_TASKS, Task, check_columns, get_task
+
+log = logging.getLogger(__name__)
 
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
@@ -59,17 +62,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class TaskFacts:
+    """A downstream set.
+
+    Attributes:
+        digest: of its rows; pool: rows that samples are drawn from; test: rows to test on.
+    """
+
+    digest: str
+    pool: int
+    test: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """What the files say: hashes that go into the settings.
 
     Attributes:
-        backbone: SHA-256 of the weights; data: digest by task.
+        backbone: see `trainer.backbone.backbone_mark`; data: by task.
         sources: by name ("text", "yelp"): digest, rows, and whether it is clustered already.
         encoder: what the sentence encoder is known by.
     """
 
     backbone: str
-    data: dict[str, str]
+    data: dict[str, TaskFacts]
     sources: dict[str, dict[str, Any]]
     encoder: str
 
@@ -166,6 +182,8 @@ def _source(config: ReproduceConfig, facts: Facts, name: str, **changes: Any) ->
         "sha": found["sha"], "rows": config.source_rows, "grouping": grouping,
         "clusters": config.clusters, **changes,
     }  # fmt: skip
+    if settings["rows"] >= found["rows"]:
+        settings["rows"] = 0  # all there are, however it is said
     if settings["grouping"] in ("given", "label"):
         settings["clusters"] = 0  # the file, or the number of classes, says how many
     if settings["grouping"] == "kmeans":
@@ -214,8 +232,8 @@ def _cell(
     start: Settings | None, train: int,
 ) -> Settings:  # fmt: skip
     settings: Settings = {
-        "kind": "cell", "method": method, "task": task, "data": facts.data[task],
-        "limit_eval": config.limit_eval,
+        "kind": "cell", "method": method, "task": task, "data": facts.data[task].digest,
+        "limit_eval": config.limit_eval if config.limit_eval < facts.data[task].test else 0,
     }  # fmt: skip
     if method == "setfit":
         return {**settings, "seed": seed, "train": train, "encoder": facts.encoder}
@@ -262,16 +280,14 @@ def _variants(
                 rows.append((f"MetaPT, {CLUSTER_NAMES[name]}", "metapt", 0, source))
         return rows
     if what == "figure3a":
-        have = facts.sources["text"]["rows"]
+        have = source_rows(config, facts)
         sizes = config.sizes or [*(size for size in SOURCE_SIZES if size < have), have]
-        if facts.sources["text"]["sha"] and max(sizes) > have:
-            raise UserError(f"--sizes {max(sizes)}: the source has {have} rows")
         return [
             (
                 ROW_NAMES[method], method, size,
                 _source(
                     config, facts, "text", grouping="kmeans", clusters=config.clusters,
-                    rows=size if size < have else 0,  # all of it is the source of table 1
+                    rows=size,
                 ),
             )
             for method in methods for size in sizes
@@ -282,13 +298,77 @@ def _variants(
     ]
 
 
+def source_rows(config: ReproduceConfig, facts: Facts) -> int:
+    """The rows of the source that may be used, at most."""
+    have = facts.sources["text"]["rows"]
+    return min(have, config.source_rows or have)
+
+
+def _check_sizes(config: ReproduceConfig, facts: Facts) -> None:
+    """Raises: UserError for what no run could draw, before the first instead of in each."""
+    if "text" in facts.sources and facts.sources["text"]["sha"]:
+        have = source_rows(config, facts)
+        of = f"{have} rows" if not config.source_rows else f"{have} rows of it may be used"
+        if config.what == "figure3a" and max(config.sizes, default=0) > have:
+            raise UserError(f"--sizes {max(config.sizes)}: the source has {of}")
+        grouped = {"metapt", "metapt-ppt", "kmeans", "lda", "random"} & set(methods_of(config))
+        if facts.sources["text"]["clustered"] and config.what == "table1":
+            grouped = set()
+        by_size = config.what == "figure3b" and config.sizes
+        flag, most = ("--sizes", max(config.sizes)) if by_size else ("--clusters", config.clusters)
+        rows = min(config.sizes, default=have) if config.what == "figure3a" else have
+        if most > rows and grouped:
+            raise UserError(f"{flag} {most}: so many clusters cannot be made of {rows} texts")
+    if config.what == "figure2" or set(methods_of(config)) <= {"words"}:
+        return
+    for task, known in facts.data.items():
+        if config.train + config.validation > known.pool:
+            raise UserError(
+                f"task '{task}' has {known.pool} rows to draw samples from, fewer than --train "
+                f"{config.train} and --validation {config.validation} ask for: ask for fewer"
+            )
+
+
+def _fits(config: ReproduceConfig, facts: Facts, task: str, samples: int) -> bool:
+    """Whether a point of figure 2 can be drawn from a task's rows."""
+    return samples + config.validation <= facts.data[task].pool
+
+
+def _tell_left_out(config: ReproduceConfig, facts: Facts) -> None:
+    """Say which points of figure 2 there are no rows for.
+
+    Raises:
+        UserError: there are none for any.
+    """
+    sizes = config.sizes or SAMPLES
+    for task, known in facts.data.items():
+        out = [size for size in sizes if not _fits(config, facts, task, size)]
+        if len(out) == len(sizes):
+            raise UserError(
+                f"task '{task}' has {known.pool} rows to draw samples from, too few for --sizes "
+                f"{' '.join(map(str, out))} and --validation {config.validation}: ask for fewer"
+            )
+        if out:
+            log.warning(
+                "task '%s' has %d rows to draw samples from, %d of them to choose by: no point at "
+                "%s", task, known.pool, config.validation, ", ".join(map(str, out)),
+            )  # fmt: skip
+
+
 def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
-    """All runs of `config.what`, in the order of the table (figure 4 has none)."""
+    """All runs of `config.what`, in the order of the table (figure 4 has none).
+
+    Raises:
+        UserError: settings that do not go together, or more rows than there are.
+    """
     for mode in config.modes:
         steer(mode)
     if config.what == "figure4":
         return []
     _check_question(config)
+    _check_sizes(config, facts)
+    if config.what == "figure2":
+        _tell_left_out(config, facts)
     runs = []
     for row, method, x, source in _variants(config, facts):
         train = x if config.what == "figure2" else config.train
@@ -304,5 +384,6 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
                 Run(row, mode, task, seed, x,
                     _cell(config, facts, way, mode, task, seed, start, train))
                 for task in tasks_of(config) for seed in config.seeds
+                if config.what != "figure2" or _fits(config, facts, task, x)
             ]  # fmt: skip
     return runs

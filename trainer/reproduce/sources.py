@@ -19,7 +19,7 @@ from trainer.data import Examples, load_task
 from trainer.embed import DEFAULT_ID, embed, encoder_digest, encoder_source
 from trainer.label import LabelConfig, run_label
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import tasks_of
+from trainer.reproduce.plan import TaskFacts, tasks_of
 from trainer.source import SourceData, read_source, source_words
 from trainer.tables import iterate_rows
 from trainer.tasks import PAPER_TASKS, format_columns, get_task
@@ -167,14 +167,16 @@ def describe_source(path: Path) -> dict[str, Any]:
     return {"sha": sha256(path)[:16], "rows": len(data.texts), "clustered": clustered}
 
 
-def task_digest(task: str, data_dir: str | None) -> str:
-    """Sixteen hex digits of a task's training and test rows."""
+def describe_task(task: str, data_dir: str | None) -> TaskFacts:
+    """Sixteen hex digits of a task's training and test rows, and how many these are."""
     digest = hashlib.sha256()
+    rows = []
     for split in ("train", "test"):
         examples = load_task(task, split, data_dir=data_dir)
+        rows.append(len(examples))
         digest.update("\0".join(examples.texts).encode("utf-8", "surrogatepass"))
         digest.update(np.ascontiguousarray(examples.labels, dtype="<i8").tobytes())
-    return digest.hexdigest()[:16]
+    return TaskFacts(digest.hexdigest()[:16], *rows)
 
 
 def encoder_mark(encoder: str | None) -> str:
