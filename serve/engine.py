@@ -67,7 +67,13 @@ def share_cores(threads: int | None, workers: int | None, cores: int) -> tuple[i
     """
     if workers is None:
         workers = min(_MOST_WORKERS, max(1, cores // (threads or 1)))
-    return threads or max(1, cores // workers), workers
+    threads = threads or max(1, cores // workers)
+    if threads * workers > 2 * cores:  # twice: cores that are counted without their hyper-threads
+        log.warning(
+            "%d threads on %d cores wait for one another, and answers come late or never: lower "
+            "--threads and --workers, or leave them out", threads * workers, cores,
+        )  # fmt: skip
+    return threads, workers
 
 
 @functools.cache

@@ -341,6 +341,9 @@ def test_warming_names_a_damaged_prompt(tmp_path: Path) -> None:
     ],
 )
 def test_cores_are_shared_by_what_is_not_given(
-    threads: int | None, workers: int | None, cores: int, wanted: tuple[int, int]
-) -> None:
+    threads: int | None, workers: int | None, cores: int, wanted: tuple[int, int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     assert share_cores(threads, workers, cores) == wanted
+    # What is far too much is done, and said.
+    assert ("wait for one another" in caplog.text) == (wanted == (3, 5))
