@@ -277,7 +277,7 @@ def test_preparing_that_ends_early_leaves_nothing_that_looks_done(
     def ended(*_: object) -> None:
         raise SystemExit(143)
 
-    monkeypatch.setattr("trainer.pretraining.command.prepare", ended)
+    monkeypatch.setattr("trainer.pretraining.preparation.prepare", ended)
     with pytest.raises(SystemExit):
         run_backbone(config)
     with pytest.raises(UserError, match="pass --prepare"):
