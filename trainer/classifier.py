@@ -1,9 +1,10 @@
 """The small classifier that gives open sentences their pseudo-labels (paper, section 4.1).
 
-The paper fine-tunes a RoBERTa; here logistic regression on hashed words and pairs of words, or on
-sentence embeddings, annotates thousands of sentences a second on one core. It learns from the
-labelled texts and from their single sentences, which carry their text's label: trained on whole
-reviews only, it calls nearly every single sentence five stars, because short reviews are.
+The paper fine-tunes a RoBERTa; here logistic regression on hashed words and pairs of words
+annotates thousands of sentences a second on one core, or on sentence embeddings a hundred or two.
+It learns from the labelled texts and from their single sentences, which carry their text's label:
+trained on whole reviews only, it calls nearly every single sentence five stars, because short
+reviews are.
 """
 
 from __future__ import annotations

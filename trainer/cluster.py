@@ -38,6 +38,8 @@ _STARTS = 4  # K-means is run from so many starts and the tightest result kept
 _VOCABULARY = 20_000  # words that LDA sees at most
 _LDA_PASSES = 10  # over all texts; the topics of short texts settle within a few
 
+LABEL_ADVICE = "number the classes so in the file, or name them in words"
+
 
 @dataclass(kw_only=True)
 class ClusterConfig:
@@ -115,8 +117,9 @@ def run_cluster(config: ClusterConfig) -> None:
     output_file(config.out, ".parquet")
     names = class_names(config.data) if config.label_column == "label" else None
     examples = load_examples(
-        config.data, config.text_column, config.label_column, names, indices=names is not None
-    )
+        config.data, config.text_column, config.label_column, names, indices=names is not None,
+        advice=LABEL_ADVICE,
+    )  # fmt: skip
     if config.limit:
         examples = examples.sample(config.limit, config.seed)
     started = time.monotonic()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from serve.errors import UserError
-from trainer.labels import class_codes, find_labels
+from trainer.labels import ADVICE, class_codes, find_labels
 from trainer.spelling import fingerprint
 from trainer.tables import Row, check_file, iterate_rows
 from trainer.tasks import Hub, Task, fill_format, format_columns, get_task, readable_aspect
@@ -80,6 +80,7 @@ class LabelledFile:
         values: N labels as they stand; places: where each stands, for errors.
         marks: N values of a column `split`, None where there is none.
         sentences: N texts without aspect or target, by which a file without marks is cut.
+        advice: what errors say to do about labels that do not fit.
     """
 
     path: str
@@ -89,6 +90,7 @@ class LabelledFile:
     places: list[str]
     marks: list[Any]
     sentences: list[str]
+    advice: str = ADVICE
 
     def examples(
         self,
@@ -100,8 +102,10 @@ class LabelledFile:
     ) -> Examples:
         """The rows of a split; see `load_examples`."""
         if labels is None:
-            labels = find_labels(self.values, self.places, self.label_column)
-        codes = class_codes(self.values, self.places, labels, drop, indices=indices)
+            labels = find_labels(self.values, self.places, self.label_column, self.advice)
+        codes = class_codes(
+            self.values, self.places, labels, drop, indices=indices, advice=self.advice
+        )
         kept = np.flatnonzero(codes >= 0)
         texts = [self.texts[i] for i in kept]
         examples = Examples(texts, codes[kept], tuple(labels), self.path)
@@ -128,7 +132,13 @@ def as_format(text_column: str) -> str:
 
 
 def read_file(
-    path: str | Path, text_column: str = "text", label_column: str = "label", *, marks: bool = True
+    path: str | Path,
+    text_column: str = "text",
+    label_column: str = "label",
+    *,
+    marks: bool = True,
+    flag: str = "--data",
+    advice: str = ADVICE,
 ) -> LabelledFile:
     """Read a local file's texts, labels and (unless told not to) marks; see `load_examples`."""
     text_format = as_format(text_column)
@@ -138,18 +148,18 @@ def read_file(
     places: list[str] = []
     marked: list[Any] = []
     # The split column is optional, so it is looked for only when a split may be asked for.
-    for place, row in iterate_rows(path, wanted, keep_all=marks):
+    for place, row in iterate_rows(path, wanted, keep_all=marks, flag=flag):
         rows.append({name: row.get(name) for name in wanted})
         places.append(f"{path}, {place}")
         marked.append(next((row[name] for name in row if _plain(name) == "split"), None))
     if not rows:
-        raise UserError(f"--data {path} has no rows: pass a file with rows below its header")
+        raise UserError(f"{flag} {path} has no rows: pass a file with rows below its header")
     texts = [
         row_text(row, columns, text_format, place) for row, place in zip(rows, places, strict=True)
     ]
     values = [row[label_column] for row in rows]
     sentences = _sentences(rows, columns)
-    return LabelledFile(str(path), label_column, texts, values, places, marked, sentences)
+    return LabelledFile(str(path), label_column, texts, values, places, marked, sentences, advice)
 
 
 def load_examples(
@@ -161,6 +171,8 @@ def load_examples(
     drop: Sequence[str] = (),
     *,
     indices: bool = False,
+    flag: str = "--data",
+    advice: str = ADVICE,
 ) -> Examples:
     """Read a local CSV, TSV, JSONL or Parquet file.
 
@@ -173,13 +185,17 @@ def load_examples(
             None takes all rows.
         drop: class names whose rows are left out; written as indices, those that follow `labels`.
         indices: whether numbers are indices whatever the names, see `trainer.labels.class_codes`.
+        flag: the flag that named the file, for errors.
+        advice: what errors say to do about labels that do not fit, in the command's own flags.
 
     Raises:
         UserError: the file, a column, a row or a label is not as it must be; the message names the
             file and the row.
         Failure: the file is damaged.
     """
-    file = read_file(path, text_column, label_column, marks=split is not None)
+    file = read_file(
+        path, text_column, label_column, marks=split is not None, flag=flag, advice=advice
+    )
     return file.examples(labels, split, drop, indices=indices)
 
 
@@ -296,6 +312,7 @@ def load_task(
     data_dir: str | Path | None = None,
     text_column: str | None = None,
     label_column: str = "label",
+    advice: str = ADVICE,
 ) -> Examples:
     """The examples of a task, from the first of: `data`, `data_dir`, VADER, the hub.
 
@@ -306,6 +323,7 @@ def load_task(
         data_dir: a folder of files named after the sets, `sst2.parquet` (`--data-dir`).
         text_column: see `load_examples`; None takes the task's own text format.
         label_column: the file's label column.
+        advice: as for `load_examples`.
 
     Raises:
         UserError, Failure: see `load_examples`, `trainer.vader.load` and `trainer.hub.load`.
@@ -318,7 +336,7 @@ def load_task(
         data = _in_folder(Path(data_dir), task) if task.files else None
     if data is not None:
         form = text_column or task.text_format
-        return load_examples(data, form, label_column, task.labels, split, task.drop)
+        return load_examples(data, form, label_column, task.labels, split, task.drop, advice=advice)
     if task.vader is not None:
         from trainer.vader import load as load_vader  # it builds on this module
 
@@ -339,7 +357,7 @@ def _in_folder(folder: Path, task: Task) -> Path:
     raise UserError(
         f"--data-dir {folder} has no {' or '.join(f'{stem}.parquet' for stem in task.files)} for "
         f"task '{task.name}': add it (columns {', '.join(format_columns(task.text_format))}, "
-        "label), or pass --data FILE"
+        "label)"
     )
 
 

@@ -109,6 +109,8 @@ def draw_few_shot(
     validation: int = 40,
     classes: int | None = None,
     balanced: bool = False,
+    *,
+    flags: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the few-shot training and validation samples of a seed (appendix A.4: 40 and 40).
 
@@ -121,6 +123,7 @@ def draw_few_shot(
         train, validation: the numbers of samples.
         classes: C; None takes the pool's.
         balanced: whether every class gets an equal share (one more or less) instead.
+        flags: whether errors may advise the flags --labels and --balanced.
 
     Returns:
         The indices of the training [train] and the validation [validation] samples, disjoint.
@@ -146,7 +149,8 @@ def draw_few_shot(
     counts = np.bincount(examples.labels, minlength=classes)
     if empty := [f"'{names[index]}'" for index in np.flatnonzero(counts == 0)]:
         held = [names[index] for index in np.flatnonzero(counts)]
-        drop = "" if len(held) < 2 else f", or leave it out: --labels {shlex.join(held)}"
+        tell = flags and len(held) > 1
+        drop = f", or leave it out: --labels {shlex.join(held)}" if tell else ""
         raise UserError(
             f"{where} has no sample of class {', '.join(empty)} (of {classes} classes): add "
             f"some{drop}"
@@ -164,7 +168,8 @@ def draw_few_shot(
     rare = names[int(np.argmin(counts))]
     raise UserError(
         f"none of {_TRIES} draws of {train} samples from {where} held class '{rare}' "
-        f"({counts.min()} of {len(examples)} rows): pass --balanced, or draw more samples"
+        f"({counts.min()} of {len(examples)} rows): {'pass --balanced, or ' if flags else ''}draw "
+        "more samples"
     )
 
 

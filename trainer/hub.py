@@ -68,7 +68,7 @@ def load(source: Hub, split: str | None, task: str) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError(
             f"task '{task}' comes from the Hugging Face hub, which needs the 'datasets' package: "
-            f"{install('hub')}, or pass --data FILE or --data-dir FOLDER"
+            f"{install('hub')}, or pass local files with --data-dir FOLDER"
         ) from None
     offline = not _reachable(source)
     cache_only = _offline() if offline else nullcontext()
@@ -85,7 +85,7 @@ def load(source: Hub, split: str | None, task: str) -> list[dict[str, Any]]:
                 reason = "the hub does not answer and it is not in the cache" if offline else first
                 raise Failure(
                     f"data set {source.id} of task '{task}' could not be loaded ({reason}): pass "
-                    "--data FILE or --data-dir FOLDER, or connect to the hub"
+                    "local files with --data-dir FOLDER, or connect to the hub"
                 ) from None
             for row in table:
                 records = row[source.explode] if source.explode else [{}]

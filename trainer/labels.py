@@ -34,7 +34,7 @@ _INDEX = re.compile(r"-?[0-9]{1,9}(\.0+)?")  # 1.0 is how pandas writes a class 
 _NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")  # half stars too: 4.5
 
 _CLASS_NAMES = b"class_names"  # in a Parquet file's metadata: a JSON list, class 0 first
-_ADVICE = "pass --labels, or another --label-column"
+ADVICE = "pass --labels, or another --label-column"
 
 # Names whose order is known; by the alphabet "very negative" would come after "positive".
 _SCALES = (
@@ -206,7 +206,7 @@ def _check_there(value: Any, place: str) -> None:
 
 
 def find_labels(
-    values: Sequence[Any], places: Sequence[str], column: str, advice: str = _ADVICE
+    values: Sequence[Any], places: Sequence[str], column: str, advice: str = ADVICE
 ) -> list[str]:
     """The class names of a file that are not given.
 
@@ -235,7 +235,7 @@ def find_labels(
         met = [str(number) for number in sorted(set(numbers))]
         if low < 0 or high >= _MOST_CLASSES:
             at = next(i for i, n in enumerate(numbers) if n < 0 or n >= _MOST_CLASSES)
-            if high < _MOST_CLASSES and len(met) <= _MOST_STARS and advice == _ADVICE:
+            if high < _MOST_CLASSES and len(met) <= _MOST_STARS and advice == ADVICE:
                 advice = f"to take them for names pass --labels {' '.join(met)}"
                 if len(met) == 2:
                     advice += " (and to tune --words bad good)"
@@ -247,7 +247,7 @@ def find_labels(
         names = [str(index) for index in range(first, high + 1)]
         if first:
             logger.info("labels 1 to %d are taken for %d classes", high, high)
-        if len(met) < len(names) and advice == _ADVICE:
+        if len(met) < len(names) and advice == ADVICE:
             logger.info(
                 "column '%s' has no %s: where there is no such class, pass --labels %s",
                 column, ", ".join(name for name in names if name not in met), " ".join(met),
@@ -280,6 +280,7 @@ def class_codes(
     drop: Sequence[str],
     *,
     indices: bool = False,
+    advice: str = ADVICE,
 ) -> np.ndarray:
     """The class index of each value: by name, without case, or else as the number that it is.
 
@@ -295,6 +296,7 @@ def class_codes(
         drop: names whose rows are to be left out; written as indices, they follow `labels`.
         indices: whether numbers are indices whatever the names, as in a file that carries both
             (see `class_names`).
+        advice: as for `find_labels`.
 
     Returns:
         [N] int64 in 0..C-1, or -1 where the row is to be left out.
@@ -328,9 +330,10 @@ def class_codes(
         if index is None or not 0 <= index < classes:
             hint = " (indices count from 0)" if index == classes else ""
             nor = f", nor an index from 0 to {classes - 1}{hint}" if indices else ""
+            other = ", or pass --labels" if advice == ADVICE else ""
             raise UserError(
                 f"{place}: label {value!r} is not one of {', '.join(labels)}{nor}: correct the "
-                "row, or pass --labels"
+                f"row{other}"
             )
         codes[position] = index
     return codes

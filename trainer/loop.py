@@ -246,6 +246,8 @@ class Loop:
 
     def _shown(self, measured: dict[str, float]) -> dict[str, str]:
         shown = {name: f"{value:.3f}" for name, value in measured.items()}
+        if self.state.metrics:
+            shown["held_out_loss"] = f"{self.state.metrics[-1]['validation_loss']:.3f}"
         if self.state.best is not None:
             shown["best"] = f"{self.state.best.accuracy:.3f}"
         return shown

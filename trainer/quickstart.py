@@ -54,9 +54,9 @@ class QuickstartConfig:
     clusters: int = option(6, help="K-means clusters (the paper's 10)", minimum=2)
     meta_steps: int = option(40, help="outer steps of MetaPT (the paper's 20,000)", minimum=1)
     inner_rate: float = option(
-        1.0, minimum=0, help="alpha: mini's; the paper's 0.08 is for T5-base, 0 finds one by search"
+        1.0, minimum=0, help="alpha (the paper's 0.08 is for T5-base); 0 finds one by search"
     )
-    outer_rate: float = option(0.01, minimum=0, help="beta: mini's; the paper's is 0.025")
+    outer_rate: float = option(0.01, minimum=0, help="beta (the paper's is 0.025)")
     epochs: int = option(30, help="epochs of each tuning (the paper's 200)", minimum=1)
     test_rows: int = option(400, help="rows of each task that are classified", minimum=10)
     seed: int = option(1, help="seed of every random draw", minimum=0, maximum=MOST_SEED)

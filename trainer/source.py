@@ -156,7 +156,9 @@ def _subset(data: SourceData, rows: np.ndarray) -> SourceData:
 
 
 def _start(config: SourceOptions, backbone: Backbone, flag: str) -> Params:
-    check_columns(config.template)
+    check_columns(
+        config.template, "cluster or label the texts again with --text-column '{%s}: {text}'"
+    )
     params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
     check_rate(config.rate, config.steps, params, flag)
     return params

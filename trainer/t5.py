@@ -1,9 +1,10 @@
 """T5's forward pass as classification with soft prompts needs it, over Hugging Face weights.
 
-One implementation serves training (it can be differentiated twice) and export (it traces):
+What trains is this (it can be differentiated twice); the exporter arranges the same weights for
+serving in modules of its own, and holds every graph to this one's answers:
 
-- rows come in groups that share a prompt: tuning is one group, MetaPT has a group per task, a
-  served batch has a group per row. Nothing of a prompt is copied to its rows;
+- rows come in groups that share a prompt: tuning is one group, MetaPT has a group per task. Nothing
+  of a prompt is copied to its rows;
 - the encoder takes keys and values that stand before the text (mode `prefix`);
 - cross-attention absorbs its key and value projections: with two decoder positions it is cheaper
   to bring the query to the encoder states than to project every state (DeepSeek-V2, section 2.1,

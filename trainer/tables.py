@@ -32,6 +32,7 @@ _COLUMN_FLAGS = {
     "--corpus": "pass --corpus-column",
     "--exclude": "pass --exclude-column",
     "--source": "name its columns text and label",
+    "--source-y": "name its columns text and label",
 }
 _ADVICE = "pass --text-column and --label-column"
 

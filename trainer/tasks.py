@@ -139,13 +139,20 @@ def format_columns(text_format: str) -> list[str]:
     return columns
 
 
-def check_columns(template: str) -> None:
-    """Raises: UserError when a template names a column: the text may be made of several."""
+_OTHER_COLUMN = "to read another column pass --text-column '{%s}: {text}'"
+
+
+def check_columns(template: str, advice: str = _OTHER_COLUMN) -> None:
+    """Raises: UserError when a template names a column: the text may be made of several.
+
+    Args:
+        advice: what to do, in the command's own flags; %s is the column.
+    """
     others = [name for name in _COLUMN.findall(template) if name != "text"]
     if others:
         raise UserError(
             f"--template {template}: a template has no place for {{{others[0]}}}, only for "
-            f"{{text}}: to read another column pass --text-column '{{{others[0]}}}: {{text}}'"
+            "{text}: " + advice.replace("%s", others[0])
         )
 
 
@@ -228,7 +235,7 @@ _register(
             splits={"train": "train", "test": "test"}, text_format="{span}: {text}",
         ),
         drop=("conflict",),
-        description="SemEval restaurant reviews, one opinion per aspect (Pontiki et al. 2016)",
+        description="SemEval restaurant reviews, one opinion per aspect (2016; from the hub 2014)",
     )
 )  # fmt: skip
 _register(
@@ -240,7 +247,7 @@ _register(
             splits={"train": "train", "test": "test"}, text_format="{span}: {text}",
         ),
         drop=("conflict",),
-        description="SemEval laptop reviews, one opinion per aspect (Pontiki et al. 2016)",
+        description="SemEval laptop reviews, one opinion per aspect (2016; from the hub 2014)",
     )
 )  # fmt: skip
 _register(
@@ -271,16 +278,19 @@ def task_names() -> list[str]:
     return list(_TASKS)
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, flag: str = "--task") -> Task:
     """The registered task of that name.
+
+    Args:
+        flag: the flag that named it, for errors.
 
     Raises:
         UserError: there is none; the message lists what there is.
     """
     if name not in _TASKS:
         raise UserError(
-            f"--task {name}: no such task; there are {', '.join(_TASKS)}, or any local file "
-            "with --data FILE"
+            f"{flag} {name}: no such task; there are {', '.join(_TASKS)}"
+            + (", or any local file with --data FILE" if flag == "--task" else "")
         )
     return _TASKS[name]
 

@@ -114,7 +114,8 @@ def test_a_set_that_cannot_be_had_says_what_to_do(
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        UserError, match=r'pip install "\.\[hub\]" in the checkout, or pass --data FILE'
+        UserError,
+        match=r'pip install "\.\[hub\]" in the checkout, or pass local files with --data-dir',
     ):
         load_task("yelp5", "train")
 

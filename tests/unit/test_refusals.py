@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import socket
 import subprocess
 import sys
@@ -173,3 +175,41 @@ def test_flags_are_known_without_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["cluster", "--data", "marks.csv", "--out", "o.parquet"], "name them in words"),
+        (["pretrain", "--data", "rows.csv", "--out", "o", "--template", "{a} {text} <extra_id_0>"],
+         "cluster or label the texts again"),
+        (["reproduce", "table1", "--methods", "pt", "--tasks", "nowhere"], "--tasks nowhere: no such task"),
+        (["reproduce", "table1", "--methods", "pt", "--data-dir", "."], "--data-dir . has no"),
+        (["reproduce", "table1", "--methods", "metapt-y", "--source-y", "none.parquet",
+          "--data-dir", "sets", "--tasks", "sst2"], "--source-y none.parquet does not exist"),
+        (["reproduce", "table1", "--methods", "pt", "--data-dir", "torn", "--tasks", "sst2"],
+         "label 'maybe' is not one of"),
+        (["tune", "--data", "marks.csv", "--out", "o"], "pass --labels -1 0 1"),
+    ],
+)  # fmt: skip
+def test_advice_names_no_flag_that_the_command_lacks(
+    argv: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "marks.csv").write_text("text,label\n" + "a,-1\nb,0\nc,1\n" * 9)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "a,bad\nb,good\n" * 9)
+    for folder, label in (("sets", "positive"), ("torn", "maybe")):
+        (tmp_path / folder).mkdir()
+        rows = "".join(f"text {i},{('negative', label)[i % 2]}\n" for i in range(200))
+        (tmp_path / folder / "sst2.csv").write_text("text,label\n" + rows)
+    assert run("x", "d", commands, argv) in (1, 2)
+    said = capsys.readouterr().err.partition("error: ")[2]
+    assert says in said
+    own = {
+        "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(commands(argv)[argv[0]].config)
+    }
+    # A flag of a command named for it, as in `cluster ... --text-column`, is no advice for this.
+    said = said.replace("cluster or label the texts again with --text-column", "")
+    assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", said)) <= own

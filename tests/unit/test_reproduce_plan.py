@@ -297,7 +297,7 @@ def test_another_question_changes_what_reads_it_and_nothing_else() -> None:
     assert asked(get_task("sst5"), {}) == get_task("sst5")
     for change, message in (
         ({"words": words[:3]}, "five words from the worst to the best"),
-        ({"template": "{aspect}: {text} <extra_id_0>"}, "--text-column"),
+        ({"template": "{aspect}: {text} <extra_id_0>"}, "own columns are read by themselves"),
         ({"template": "{text}"}, "<extra_id_0>"),
     ):
         with pytest.raises(UserError, match=message):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from serve.errors import Failure, UserError
 from trainer.cluster import (
+    LABEL_ADVICE,
     ClusterConfig,
     check_k,
     cluster_means,
@@ -183,7 +184,7 @@ def _run(ray: Any, config: ClusterConfig, files: list[Source]) -> tuple[np.ndarr
     if config.label_column == "label":
         called = class_names(config.data) or names_inside(files) or None
     names = called or find_labels(
-        values, [f"{config.data}, a row"] * len(values), config.label_column
+        values, [f"{config.data}, a row"] * len(values), config.label_column, LABEL_ADVICE
     )
     logger.info("%d texts of %d classes in %d files", rows, len(names), len(files))
 

@@ -33,6 +33,7 @@ from trainer.reproduce.plan import (
 from trainer.reproduce.pool import Job, devices, run_jobs
 from trainer.reproduce.report import X_NAMES, Done, as_csv, comparisons, make_grid, markdown
 from trainer.reproduce.sources import (
+    SOURCE_FLAGS,
     balanced_rows,
     describe_source,
     describe_task,
@@ -77,7 +78,10 @@ def run_reproduce(config: ReproduceConfig) -> None:
     facts = Facts(
         backbone_mark(backbone_folder(config.backbone)),
         {task: describe_task(task, config.data_dir) for task in tasks_of(config)},
-        {name: describe_source(files[name]) if name in files else UNBUILT for name in names},
+        {
+            name: describe_source(files[name], SOURCE_FLAGS[name]) if name in files else UNBUILT
+            for name in names
+        },
         encoder_mark(config.encoder),
     )
     plan, store = make_plan(config, facts), Store(out)

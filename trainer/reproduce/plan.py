@@ -99,7 +99,7 @@ def tasks_of(config: ReproduceConfig) -> list[str]:
     """The downstream tasks: what --tasks says, else those of the paper's table or figure."""
     names = config.tasks or (list(PAPER_TASKS) if config.what == "table1" else ["sst5"])
     for name in names:
-        get_task(name)
+        get_task(name, "--tasks")
     return names
 
 
@@ -170,7 +170,7 @@ def _question(config: ReproduceConfig) -> Settings:
 def _check_question(config: ReproduceConfig) -> None:
     """Raises: UserError as for `asked`, or where the template names a column."""
     if config.template:
-        check_columns(config.template)
+        check_columns(config.template, "a task's own columns are read by themselves")
     for name in tasks_of(config):
         asked(get_task(name), _question(config).get("question", {}))
 

@@ -25,6 +25,7 @@ from trainer.tables import iterate_rows
 from trainer.tasks import PAPER_TASKS, format_columns, get_task
 
 log = logging.getLogger(__name__)
+SOURCE_FLAGS = {"text": "--source", "yelp": "--source-y"}
 
 _CLASSES = (
     "a source has 2, 3 or 5 classes that are numbered from the lowest to the highest, or named as "
@@ -94,7 +95,7 @@ def _check_made(config: ReproduceConfig, name: str, path: Path) -> None:
         raise UserError(
             f"{path} was made with {f'another {flags}' if made else 'flags that are not known'}: "
             f"pass another --out, remove that file to have it made again, or take it as it is with "
-            f"{'--source' if name == 'text' else '--source-y'} {path}"
+            f"{SOURCE_FLAGS[name]} {path}"
         )
 
 
@@ -149,20 +150,23 @@ def downstream_texts(task: str, split: str | None, data_dir: str | None) -> list
     alone = replace(whole, text_format=bare(whole.text_format), hub=hub)
     texts: dict[str, None] = {}
     for form in [whole] if alone == whole else [whole, alone]:
-        texts |= dict.fromkeys(load_task(form, split, data_dir=data_dir).texts)
+        texts |= dict.fromkeys(load_task(form, split, data_dir=data_dir, advice="").texts)
     return list(texts)
 
 
-def describe_source(path: Path) -> dict[str, Any]:
+def describe_source(path: Path, flag: str = "--source") -> dict[str, Any]:
     """Digest, number of rows, and whether a `cluster` column is there.
+
+    Args:
+        flag: the flag that named it, for errors.
 
     Raises:
         UserError: see `read_source`; classes that the label words do not fit, which would be found
             only when the first start is trained.
     """
-    rows = iterate_rows(path, ["text", "label"], keep_all=True, flag="--source")
+    rows = iterate_rows(path, ["text", "label"], keep_all=True, flag=flag)
     clustered = any("cluster" in row for _, row in itertools.islice(rows, 1))
-    data = read_source(str(path), clustered=False, flag="--source")
+    data = read_source(str(path), clustered=False, flag=flag)
     source_words((), data, _CLASSES.format(path=path))
     return {"sha": sha256(path)[:16], "rows": len(data.texts), "clustered": clustered}
 
@@ -172,7 +176,7 @@ def describe_task(task: str, data_dir: str | None) -> TaskFacts:
     digest = hashlib.sha256()
     rows = []
     for split in ("train", "test"):
-        examples = load_task(task, split, data_dir=data_dir)
+        examples = load_task(task, split, data_dir=data_dir, advice="")
         rows.append(len(examples))
         digest.update("\0".join(examples.texts).encode("utf-8", "surrogatepass"))
         digest.update(np.ascontiguousarray(examples.labels, dtype="<i8").tobytes())

@@ -66,7 +66,7 @@ def _frozen(name: str, device: str) -> Backbone:
 
 @functools.lru_cache(maxsize=16)
 def _examples(task: str, split: str, data_dir: str | None) -> Examples:
-    return load_task(task, split, data_dir=data_dir)
+    return load_task(task, split, data_dir=data_dir, advice="")
 
 
 def execute(settings: Settings, where: Surroundings) -> None:
@@ -135,7 +135,9 @@ def run_cell(settings: Settings, where: Surroundings) -> dict[str, Any]:
     pool = _examples(task.name, "train", where.data_dir)
     # SetFit takes no validation rows; its training rows are the others', which are drawn first.
     held = settings.get("validation", 0)
-    chosen = draw_few_shot(pool, settings["seed"], settings["train"], held, task.classes)
+    chosen = draw_few_shot(
+        pool, settings["seed"], settings["train"], held, task.classes, flags=False
+    )
     train, validation = pool.take(chosen[0]), pool.take(chosen[1])
     if method == "setfit":
         from trainer.reproduce.setfit_row import run_setfit
