@@ -126,6 +126,10 @@ class TuneConfig(PromptOptions, TaskOptions, Sampling):
         "vocab", help="random, vocab, shipped:NAME (such as shipped:polarity:bad,good), or a "
         "prompt folder (MetaPT's, PPT's ...)",
     )  # fmt: skip
+    try_also: list[str] = option(
+        [], help="further starts: a prompt is tuned from each, and the one that is best on the "
+        "validation samples is kept", metavar="START",
+    )  # fmt: skip
     name: str | None = option(None, help="name of the prompt's task (default: the task's)")
     rate: float = option(3e-3, help="AdamW's learning rate (A.4)", minimum=0, maximum=MOST_RATE)
     warmup: int = option(20, help="steps of linear warm-up (A.4)", minimum=0)
@@ -137,6 +141,7 @@ class TuneConfig(PromptOptions, TaskOptions, Sampling):
 
     examples = [
         "--task sst2 --init runs/metapt --out runs/sst2",
+        "--task sst2 --init runs/metapt --try-also runs/ppt vocab --out runs/sst2",
         "--data reviews.csv --text-column review --label-column stars --labels bad good --out p",
     ]
 

@@ -235,6 +235,10 @@ class Loop:
             bar.close()
         return self.best
 
+    def save(self) -> None:
+        """Write a checkpoint of where it stands; a run that has ended is not run again from it."""
+        self._save()
+
     def clean_up(self) -> None:
         """Remove the checkpoint, once the result is written."""
         if self.checkpoint is not None:

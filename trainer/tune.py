@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,6 +184,49 @@ def warn_of_one_answer(accuracy: float, labels: np.ndarray) -> None:
         )  # fmt: skip
 
 
+def tune_from_each(
+    backbone: Backbone,
+    task: Task,
+    train: Examples,
+    validation: Examples,
+    config: TuneConfig,
+    checkpoint: Path,
+    facts: dict[str, Any],
+) -> tuple[Tuned, str]:
+    """Tune from `config.init` and from each of `config.try_also`.
+
+    Args:
+        checkpoint: folder of the checkpoint, or of one for each start.
+        facts: what a checkpoint is bound to besides the settings.
+
+    Returns:
+        The prompt that is best on the validation samples (of equals the first), and its start.
+
+    Raises:
+        UserError, Failure: as for `tune`; a start that cannot be used is told before the first run.
+    """
+    starts = list(dict.fromkeys([config.init, *config.try_also]))
+    for start in starts[1:]:
+        initial_params(backbone, start, config.mode, config.tokens, config.seed)
+    best: tuple[Tuned, str] | None = None
+    for number, start in enumerate(starts):
+        one = replace(config, init=start, try_also=[])
+        folder = checkpoint / str(number) if len(starts) > 1 else checkpoint
+        options = RunOptions(folder, record("tune", one, **facts))
+        tuned = tune(backbone, task, train, validation, one, options)
+        score = tuned.loop.state.best
+        assert score is not None
+        if len(starts) > 1:
+            log.info(
+                "from %s: validation accuracy %.3f, loss %.3f", start, score.accuracy, score.loss
+            )
+            tuned.loop.save()
+        if best is None or score.better_than(best[0].loop.state.best):
+            best = tuned, start
+    assert best is not None
+    return best
+
+
 def run_tune(config: TuneConfig) -> None:
     """`python -m trainer tune`."""
     out = result_folder(config.out)
@@ -188,14 +234,17 @@ def run_tune(config: TuneConfig) -> None:
     train, validation = draw(config, task)
     backbone = config.load_backbone()
     data = digest(train.texts, train.labels, validation.texts, validation.labels)
-    run = record("tune", config, backbone_sha256=backbone.sha256, data_sha256=data)
-    options = RunOptions(checkpoint_folder(out), run)
-    tuned = tune(backbone, task, train, validation, config, options)
+    facts = {"backbone_sha256": backbone.sha256, "data_sha256": data}
+    checkpoint = checkpoint_folder(out)
+    tuned, start = tune_from_each(backbone, task, train, validation, config, checkpoint, facts)
     if not workers().main:
         return
+    run = record("tune", config, **facts, start=start)
     extras = {METRICS_FILE: tuned.metrics, RUN_FILE: json.dumps(run, indent=2) + "\n"}
     save_prompt(tuned.prompt, out, backbone, extras)
-    tuned.loop.clean_up()
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    if config.try_also:
+        log.info("kept: the prompt from %s", start)
     log.info(
         "%s: validation accuracy %.3f after %d steps (best at %d); prompt in %s",
         task.name, tuned.prompt.task.figures["validation_accuracy"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -320,3 +321,60 @@ def test_full_tuning_at_a_rate_of_0_is_refused(tiny_t5: Path) -> None:
         finetune_module.finetune(
             backbone, task, examples, examples, FinetuneConfig(out="", rate=0.0)
         )
+
+
+def test_of_several_starts_the_best_on_validation_is_kept(
+    tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as of that start alone; a stop between two starts costs none that has ended."""
+    data = tmp_path / "rows.csv"
+    texts = ["the food was good", "not very good", "a great story", "a bad film"]
+    rows = [f"{texts[i % 4]} {i},{('no', 'yes')[i % 2]}" for i in range(40)]
+    data.write_text("text,label\n" + "\n".join(rows))
+    flags: dict[str, Any] = {
+        "data": str(data), "words": ["bad", "good"], "backbone": str(tiny_t5), "epochs": 3,
+        "prompt_tokens": 3, "rate": 0.3, "warmup": 0, "batch": 4, "accumulation": 1,
+    }  # fmt: skip
+
+    def tuned(out: str, init: str, *more: str) -> dict[str, Any]:
+        folder = tmp_path / out
+        tune_module.run_tune(TuneConfig(**flags, out=str(folder), init=init, try_also=list(more)))
+        assert not folder.with_name(out + ".checkpoint").exists()
+        return {
+            "weights": (folder / "adapter_model.safetensors").read_bytes(),
+            "figures": json.loads((folder / "task.json").read_text())["figures"],
+            "start": json.loads((folder / "run.json").read_text())["start"],
+        }
+
+    alone = {"random": tuned("a", "random"), "vocab": tuned("b", "vocab")}
+    third = str(tmp_path / "c")
+    tune_module.run_tune(TuneConfig(**{**flags, "rate": 0.05}, out=third, seed=2))
+    alone[third] = tuned("c2", third)
+
+    def rank(start: str) -> tuple[float, float]:
+        found = alone[start]["figures"]
+        return found["validation_accuracy"], -found["validation_loss"]
+
+    best = max(alone, key=rank)
+    starts = list(alone)
+    assert tuned("d", *starts) == {**alone[best], "start": best}
+    assert tuned("e", *starts[::-1]) == {**alone[best], "start": best}
+
+    runs: list[str] = []
+    real = tune_module.tune
+
+    def stops(backbone: Any, task: Any, train: Any, held: Any, config: Any, *rest: Any) -> Any:
+        runs.append(config.init)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return real(backbone, task, train, held, config, *rest)
+
+    monkeypatch.setattr(tune_module, "tune", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tuned("f", *starts)
+    steps = json.loads((tmp_path / "f.checkpoint/0/state.json").read_text())["step"]
+    assert steps == alone["random"]["figures"]["steps"]
+    assert tuned("f", *starts) == {**alone[best], "start": best}
+    with pytest.raises(UserError, match="nowhere"):
+        tuned("g", "vocab", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "g.checkpoint").exists()
