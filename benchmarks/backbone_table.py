@@ -123,9 +123,13 @@ class Bench:
         from sentence_transformers import SentenceTransformer
 
         if fresh:
-            return SentenceTransformer(encoder_source(self.config.teacher), device="cpu")
+            return SentenceTransformer(
+                encoder_source(self.config.teacher, "--teacher"), device="cpu"
+            )
         if self._encoder is None:
-            self._encoder = SentenceTransformer(encoder_source(self.config.teacher), device="cpu")
+            self._encoder = SentenceTransformer(
+                encoder_source(self.config.teacher, "--teacher"), device="cpu"
+            )
         return self._encoder
 
     def embed(self, texts: list[str]) -> np.ndarray:
@@ -272,7 +276,7 @@ def settings(config: TableConfig) -> dict[str, Any]:
     """What a figure depends on besides its method, task and seed."""
     values = {**as_json(config), "backbone": weights_hash(backbone_folder(config.backbone))}
     # Of the sentence encoder and of the recipe what they hold counts, of the data where they lie.
-    values["teacher"] = encoder_digest(encoder_source(config.teacher))[:16]
+    values["teacher"] = encoder_digest(encoder_source(config.teacher, "--teacher"))[:16]
     values["recipe"] = sha256(config.recipe)[:16]
     for name in ("out", "methods", "tasks", "seeds"):
         del values[name]

@@ -38,7 +38,9 @@ _STARTS = 4  # K-means is run from so many starts and the tightest result kept
 _VOCABULARY = 20_000  # words that LDA sees at most
 _LDA_PASSES = 10  # over all texts; the topics of short texts settle within a few
 
-LABEL_ADVICE = "number the classes so in the file, or name them in words"
+LABEL_ADVICE = (
+    "number the classes so in the file, name them in words, or pass another --label-column"
+)
 
 
 @dataclass(kw_only=True)

@@ -330,13 +330,17 @@ def load_task(
     """
     if isinstance(task, str):
         task = get_task(task)
+    flag = "--data"
     if data is None and data_dir is not None:
+        flag = "--data-dir"
         if not Path(data_dir).is_dir():
             raise UserError(f"--data-dir {data_dir} is not a folder: check the path")
         data = _in_folder(Path(data_dir), task) if task.files else None
     if data is not None:
         form = text_column or task.text_format
-        return load_examples(data, form, label_column, task.labels, split, task.drop, advice=advice)
+        return load_examples(
+            data, form, label_column, task.labels, split, task.drop, flag=flag, advice=advice
+        )
     if task.vader is not None:
         from trainer.vader import load as load_vader  # it builds on this module
 

@@ -24,12 +24,13 @@ BATCH = 64  # sentences of about one length at a time
 _CHUNK = 4  # batches between two steps of the progress bar
 
 
-def encoder_source(encoder: str | None) -> str:
+def encoder_source(encoder: str | None, flag: str = "--encoder") -> str:
     """The folder or hub id of an encoder.
 
     Args:
         encoder: a folder, a sentence-transformers id, or None for all-MiniLM-L6-v2: from the
             package that carries it when that is installed, else from the hub.
+        flag: the flag that named it, for errors.
 
     Raises:
         UserError: something like a path that is no folder.
@@ -43,7 +44,7 @@ def encoder_source(encoder: str | None) -> str:
     if path.is_dir():
         return str(path.absolute())  # a cluster's workers stand in other folders
     if path.is_file() or encoder.startswith((".", "/", "~")) or encoder.count("/") > 1:
-        raise UserError(f"--encoder {encoder} is not a folder: pass a model's folder or hub id")
+        raise UserError(f"{flag} {encoder} is not a folder: pass a model's folder or hub id")
     return encoder
 
 

@@ -214,7 +214,8 @@ def _in_classes_of(exported: BundleLabeller, test: Examples, config: LabelConfig
     if found is None:
         raise UserError(
             f"--bundle-task {exported.task} has the classes {', '.join(exported.names)}, but "
-            f"{test.source} has {', '.join(test.names)}: measure it on its own classes"
+            f"{test.source} has {', '.join(test.names)}: measure it on its own classes, or say "
+            "which these are with --labels, in the order of the file's"
         )
     if not found.by_name:
         pairs = zip(test.names, (exported.names[index] for index in found.order), strict=True)

@@ -66,7 +66,7 @@ def scale_order(names: Sequence[str]) -> list[int] | None:
         if sorted(folded) == sorted(scale):
             return [scale.index(name) for name in folded]
     for first in (0, 1):
-        if folded == [str(first + index) for index in range(len(folded))]:
+        if folded and folded == [str(first + index) for index in range(len(folded))]:
             return list(range(len(folded)))
     return None
 

@@ -357,7 +357,13 @@ class Loop:
             return None
         record = read_json(self.checkpoint / "state.json")
         tensors |= read_tensors(self.checkpoint / "state.safetensors", "remove it to start anew")
-        if record.pop("fingerprint") != self.fingerprint:
+        then = record.pop("fingerprint")
+        # Settings that came to be since, and are off, change nothing.
+        known = then.get("config")
+        if isinstance(known, dict):
+            now = self.fingerprint.get("config", {})
+            known |= {name: now[name] for name in now if name not in known and not now[name]}
+        if then != self.fingerprint:
             raise UserError(
                 f"checkpoint {self.checkpoint} is of a run with other settings: repeat those, pass "
                 "another --out, or remove the folder to start anew"

@@ -80,7 +80,7 @@ def read_source(path: str, *, clustered: bool, flag: str = "--data") -> SourceDa
     values = [row["label"] for row in rows]
     called = class_names(path)
     names = called or find_labels(values, places, "label", "label the texts again")
-    labels = class_codes(values, places, names, (), indices=called is not None)
+    labels = class_codes(values, places, names, (), indices=called is not None, advice="")
     if len(held := np.unique(labels)) < 2:
         raise UserError(
             f"{flag} {path} holds texts of class '{names[held[0]]}' only: label it with at least "

@@ -31,6 +31,7 @@ _BUFFER = 1 << 20  # bytes of a Parquet column read at a time
 _COLUMN_FLAGS = {
     "--corpus": "pass --corpus-column",
     "--exclude": "pass --exclude-column",
+    "--data-dir": "name its columns so",
     "--source": "name its columns text and label",
     "--source-y": "name its columns text and label",
 }

@@ -86,6 +86,11 @@ def prompt_gradient(
     return team.sum_values(measured)
 
 
+def _steps(config: TuneConfig, train: Examples) -> int:
+    samples = config.batch * config.accumulation
+    return max(1, math.ceil(config.epochs * len(train) / samples))
+
+
 def tune(
     backbone: Backbone,
     task: Task,
@@ -109,8 +114,7 @@ def tune(
     scorer = Scorer.of(backbone, task, config.mode)
     if params is None:
         params = initial_params(backbone, config.init, config.mode, config.tokens, config.seed)
-    samples = config.batch * config.accumulation
-    steps = max(1, math.ceil(config.epochs * len(train) / samples))
+    samples, steps = config.batch * config.accumulation, _steps(config, train)
     check_rate(config.rate, steps, params)
     rows = Rows(backbone, task.template, train.texts, train.labels, config.max_tokens)
     held = Rows(backbone, task.template, validation.texts, validation.labels, config.max_tokens)
@@ -207,7 +211,8 @@ def tune_from_each(
     """
     starts = list(dict.fromkeys([config.init, *config.try_also]))
     for start in starts[1:]:
-        initial_params(backbone, start, config.mode, config.tokens, config.seed)
+        params = initial_params(backbone, start, config.mode, config.tokens, config.seed)
+        check_rate(config.rate, _steps(config, train), params)
     best: tuple[Tuned, str] | None = None
     for number, start in enumerate(starts):
         one = replace(config, init=start, try_also=[])
@@ -217,9 +222,9 @@ def tune_from_each(
         score = tuned.loop.state.best
         assert score is not None
         if len(starts) > 1:
-            log.info(
-                "from %s: validation accuracy %.3f, loss %.3f", start, score.accuracy, score.loss
-            )
+            if workers().main:
+                found = score.accuracy, score.loss
+                log.info("from %s: validation accuracy %.3f, loss %.3f", start, *found)
             tuned.loop.save()
         if best is None or score.better_than(best[0].loop.state.best):
             best = tuned, start

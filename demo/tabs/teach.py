@@ -86,8 +86,9 @@ def fields_of_file(path: str, room: Room) -> tuple[list[str], list[str]]:
     if not {name.lower() for name in sheet.header} & {*TEXT_NAMES, *LABEL_NAMES}:
         again = [name for name in sheet.header if name in map(str.strip, sheet.column(name))]
         if again:  # the first line is an example as well: there is no header
-            label_column = again[-1]
+            label_column = min(again, key=lambda name: len(set(sheet.column(name))))
             sheet = replace(sheet, rows=[sheet.header, *sheet.rows])
+            gr.Info("The file has no header: its first line is taken as an example.")
     texts = sheet.column(sheet.guess(TEXT_NAMES, not_this=label_column))
     groups: dict[str, list[str]] = {}
     for text, label in zip(texts, sheet.column(label_column), strict=True):

@@ -199,6 +199,9 @@ def test_a_csv_becomes_labels_and_their_examples(tmp_path: Path) -> None:
     assert fields_of_file(str(path), room) == fields
     path.write_text("good,great lamp\ngood,nice chair\nbad,awful vase\nbad,poor pen\n")
     assert fields_of_file(str(path), room) == fields
+    # A text that occurs twice does not make its column the labels'.
+    path.write_text("good,great lamp\ngood,nice\nbad,awful\ngood,great lamp\nbad,poor\n")
+    assert fields_of_file(str(path), room)[0] == ["good", "bad"]
     path.write_text("what,mood\ngreat lamp,good\nawful vase,bad\n")
     assert fields_of_file(str(path), room) == (["good", "bad"], ["great lamp", "awful vase"])
     path.write_text("text\nonly texts\n")

@@ -140,6 +140,14 @@ def test_a_store_that_fails_between_two_files_keeps_none(monkeypatch: pytest.Mon
     assert moved and not system.find("/store")
 
 
+def test_a_workers_own_words_are_told_and_not_rays_advice() -> None:
+    ours = "Traceback:\n  File x\nserve.errors.UserError: a row: label '5' is wrong: correct it\n"
+    assert engine.root_message(ValueError(ours + "To change retry attempts, see the docs.")) == (
+        "a row: label '5' is wrong: correct it"
+    )
+    assert engine.root_message(ValueError("Traceback:\nOSError: disk full")) == "OSError: disk full"
+
+
 def test_labels_are_called_as_one_machine_calls_them(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     values = ["true", "false", "3", '" Good "', "2.0"]

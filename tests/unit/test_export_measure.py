@@ -108,5 +108,8 @@ def test_rows_of_a_registered_task_are_read_with_their_aspects(
     want = tokens("food: good but not very", "story: good but not very")
     assert read("semeval-restaurant") == want
     assert read("semeval-restaurant", "{aspect}: {text}") == want
-    with pytest.raises(UserError, match="conflict"):
+    with pytest.raises(UserError, match=r"'conflict' is not one of .*: correct the row$"):
+        read("")
+    data.unlink()
+    with pytest.raises(UserError, match=r"--validation .*v\.csv does not exist"):
         read("")

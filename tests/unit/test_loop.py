@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def make_loop(
     kill_in: int | None = None,
     steps: int = 30,
     scale: float = 1.0,
+    config: dict[str, Any] | None = None,
 ) -> Loop:
     """Least squares on data that depend on the step only."""
     torch.manual_seed(0)
@@ -49,7 +51,9 @@ def make_loop(
     schedule = Schedule(
         steps, 0.05, weight_decay=0.01, warmup=5, decay=True, evaluate_every=4, patience=50
     )
-    options = RunOptions(checkpoint=folder, fingerprint={"a": 1}, quiet=True)
+    options = RunOptions(
+        checkpoint=folder, fingerprint={"a": 1, "config": config or {}}, quiet=True
+    )
     loop = Loop(params, gradient, evaluate, schedule, options)
     return loop
 
@@ -101,6 +105,27 @@ def test_an_interrupt_within_a_step_leaves_the_last_checkpoint(tmp_path: Path) -
         torn.run()
     resumed = make_loop(tmp_path / "c")
     assert all(torch.equal(value, want[name]) for name, value in resumed.run().items())
+
+
+def test_settings_that_came_to_be_since_and_are_off_change_nothing(tmp_path: Path) -> None:
+    want = make_loop(None).run()
+    with pytest.raises(Killed):
+        make_loop(tmp_path / "c", kill_at=9, config={"rate": 0.1}).run()
+    for other in ({"rate": 0.1, "new": ["x"]}, {"rate": 0.2}, {"new": []}):
+        with pytest.raises(UserError, match="other settings"):
+            make_loop(tmp_path / "c", config=other).run()
+    got = make_loop(tmp_path / "c", config={"rate": 0.1, "new": [], "more": False}).run()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_bar_shows_the_loss_on_held_out_rows() -> None:
+    loop = make_loop(None)
+    assert "held_out_loss" not in loop._shown({})
+    loop.run()
+    last = loop.state.metrics[-1]["validation_loss"]
+    assert loop._shown({"loss": 0.5}) == {
+        "loss": "0.500", "held_out_loss": f"{last:.3f}", "best": "0.500"
+    }  # fmt: skip
 
 
 def test_a_checkpoint_of_another_start_is_refused(tmp_path: Path) -> None:

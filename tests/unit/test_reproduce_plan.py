@@ -14,7 +14,8 @@ from serve.errors import Failure, UserError
 from trainer.backbone import backbone_mark
 from trainer.reproduce.command import missing_jobs
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import UNBUILT, Facts, TaskFacts, asked, make_plan, sources_needed
+from trainer.reproduce.limits import Facts, TaskFacts
+from trainer.reproduce.plan import UNBUILT, asked, make_plan, sources_needed
 from trainer.reproduce.sources import balanced_rows, encoder_mark
 from trainer.reproduce.store import Store, settings_hash
 from trainer.tasks import PAPER_TASKS, get_task
@@ -138,7 +139,7 @@ def test_a_limit_of_all_there_is_is_no_other_run() -> None:
     curve = ReproduceConfig(what="figure3a", methods=["ppt"], seeds=[1], source_rows=1500)
     points = {run.x: run.settings["start"]["source"]["rows"] for run in make_plan(curve, FACTS)}
     assert points == {1000: 1000, 1500: 1500}
-    with pytest.raises(UserError, match="--sizes 2000: the source has 1500 rows of it may be used"):
+    with pytest.raises(UserError, match="--sizes 2000: the source has 1500 rows that may be used"):
         make_plan(replace(curve, sizes=[2000]), FACTS)
 
 
@@ -153,18 +154,29 @@ def test_more_than_there_is_is_refused_before_any_run(caplog: pytest.LogCaptureF
     points = sorted((run.task, run.x) for run in make_plan(curve, few))
     assert points == [("sst2", x) for x in (10, 20, 40)] + [("sst5", 10 * 2**i) for i in range(9)]
     assert "no point at 80, 160, 320" in caplog.text
+    # SetFit takes no rows to choose by: it learns from as many as there are.
+    setfit = replace(curve, methods=["setfit", "pt"], tasks=["sst2"], sizes=[60, 80, 160])
+    points = [(run.row.split()[0], run.x) for run in make_plan(setfit, few)]
+    assert points == [("SetFit", 60), ("SetFit", 80), ("PT", 60)]
+    assert "no point but SetFit's at 80, 160" in caplog.text
+    make_plan(replace(base, methods=["setfit"], train=100), few)
     with pytest.raises(UserError, match=r"too few for --sizes 70 80 and --validation 40"):
         make_plan(replace(curve, sizes=[70, 80]), few)
     for config, flag in (
         (ReproduceConfig(what="table1", clusters=3001), "--clusters 3001"),
         (ReproduceConfig(what="table2", methods=["lda"], clusters=3001), "--clusters 3001"),
         (ReproduceConfig(what="figure3a", sizes=[8, 3000]), "--clusters 10"),
+        (ReproduceConfig(what="figure3a", clusters=1500), "--clusters 1500"),
         (ReproduceConfig(what="figure3b", sizes=[3, 3001]), "--sizes 3001"),
     ):
         with pytest.raises(UserError, match=f"{flag}: so many clusters cannot be made of"):
             make_plan(config, FACTS)
     given = {"text": {**FACTS.sources["text"], "rows": 8, "clustered": True}}
-    make_plan(replace(base, methods=["metapt"]), replace(FACTS, sources=given))
+    for what in ("table1", "figure2"):  # where the file's own clusters are taken
+        make_plan(replace(base, what=what, methods=["metapt"]), replace(FACTS, sources=given))
+    make_plan(ReproduceConfig(what="table1", methods=["ppt"], clusters=3001), FACTS)
+    curve = ReproduceConfig(what="figure3b", clusters=3001)
+    assert {run.x for run in make_plan(replace(curve, source_rows=20), FACTS)} == {3, 6, 10, 15, 20}
 
 
 def test_a_backbone_is_known_by_all_that_its_answers_follow_from(

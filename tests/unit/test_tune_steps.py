@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -375,6 +376,17 @@ def test_of_several_starts_the_best_on_validation_is_kept(
     steps = json.loads((tmp_path / "f.checkpoint/0/state.json").read_text())["step"]
     assert steps == alone["random"]["figures"]["steps"]
     assert tuned("f", *starts) == {**alone[best], "start": best}
+    # Of equals the first is kept, and one that is named twice is tuned once.
+    again = [third, str(tmp_path / "copy"), third]
+    shutil.copytree(third, again[1])
+    runs.clear()
+    runs += ["", ""]
+    assert tuned("h", *again)["start"] == third and runs[2:] == again[:2]
+    flags["rate"] = 1e-9
+    with pytest.raises(UserError, match="would stay where it starts"):
+        tuned("i", third, "vocab")
+    assert runs[2:] == again[:2]  # before the first of them
+    flags["rate"] = 0.3
     with pytest.raises(UserError, match="nowhere"):
         tuned("g", "vocab", str(tmp_path / "nowhere"))
     assert not (tmp_path / "g.checkpoint").exists()

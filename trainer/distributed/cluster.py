@@ -124,7 +124,10 @@ class Assign(Embed):
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[override]
         whole = batch["bad"] == ""  # what is not was reported when the texts were counted
         texts, labels = batch["text"][whole], batch["label"][whole].tolist()
-        codes = class_codes(labels, labels, self.names, (), indices=self.indices)
+        places = ["a row"] * len(labels)
+        codes = class_codes(
+            labels, places, self.names, (), indices=self.indices, advice=LABEL_ADVICE
+        )
         found = np.empty(0, np.int64)
         if len(texts):
             found = nearest(self.vectors(texts.tolist()), self.centres)

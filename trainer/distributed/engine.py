@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ _FILES_PER_TASK = 16  # at most, with very many files
 _TASKS = 1000
 READ_CPUS = 0.1  # decoding is little work, and must find room beside actors on every core
 ACTOR_CPUS = 0.9
+_OURS = re.compile(r"(?:\w+\.)*(?:UserError|Failure): (.+)")  # the last line of a traceback
 
 
 def import_ray() -> Any:
@@ -87,4 +89,8 @@ def root_message(error: BaseException) -> str:
     """What a Ray error says at its root: the exception in the worker, not Ray's wrapping."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    # Ray's own advice may stand below the traceback whose last line says what is wrong.
+    ours = [found[1] for line in lines if (found := _OURS.match(line))]
+    if ours:
+        return ours[-1]
     return lines[-1] if lines else type(cause).__name__

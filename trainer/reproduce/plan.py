@@ -7,7 +7,6 @@ Two tables that need the same run share it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +15,16 @@ from serve.errors import UserError
 from trainer.configs import BEST_BY, SourceOptions
 from trainer.modes import steer
 from trainer.reproduce.config import CLUSTERINGS, EXTRA_METHODS, METHODS, ReproduceConfig
+from trainer.reproduce.limits import (
+    SAMPLES,
+    Facts,
+    check_clusters,
+    check_samples,
+    drawn,
+    source_rows,
+)
 from trainer.reproduce.store import Settings
 from trainer.tasks import PAPER_TASKS, Task, check_columns, get_task
-
-log = logging.getLogger(__name__)
 
 ROW_NAMES = {
     "ft": "FT", "pt": "PT (random start)", "ppt": "PPT", "metapt": "MetaPT",
@@ -31,7 +36,6 @@ CLUSTER_NAMES = {"kmeans": "K-means", "lda": "LDA", "random": "random", "label":
 
 _NO_PROMPT = ("ft", "setfit", "words")
 UNTRAINED = {"pt": "random", "pt-vocab": "vocab"}  # starts that no source is needed for
-SAMPLES = tuple(10 * 2**i for i in range(9))  # figure 2: 10 ... 2,560
 SOURCE_SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # figure 3a; cut to what there is
 CLUSTER_COUNTS = (3, 6, 10, 15, 20, 25, 30)  # figure 3b
 TSNE_COUNTS = (3, 6, 10)  # figure 4
@@ -59,35 +63,6 @@ class Run:
         """The settings of the start that must be trained before, if one must."""
         start = self.settings.get("start")
         return start if start and start["method"] not in UNTRAINED.values() else None
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """A downstream set.
-
-    Attributes:
-        digest: of its rows; pool: rows that samples are drawn from; test: rows to test on.
-    """
-
-    digest: str
-    pool: int
-    test: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the files say: hashes that go into the settings.
-
-    Attributes:
-        backbone: see `trainer.backbone.backbone_mark`; data: by task.
-        sources: by name ("text", "yelp"): digest, rows, and whether it is clustered already.
-        encoder: what the sentence encoder is known by.
-    """
-
-    backbone: str
-    data: dict[str, TaskFacts]
-    sources: dict[str, dict[str, Any]]
-    encoder: str
 
 
 # In `Facts.sources` of a source that is not built yet: nothing of it is done, and it may turn out
@@ -282,6 +257,9 @@ def _variants(
     if what == "figure3a":
         have = source_rows(config, facts)
         sizes = config.sizes or [*(size for size in SOURCE_SIZES if size < have), have]
+        if facts.sources["text"]["sha"] and max(sizes) > have:
+            of = " that may be used" if config.source_rows else ""
+            raise UserError(f"--sizes {max(sizes)}: the source has {have} rows{of}")
         return [
             (
                 ROW_NAMES[method], method, size,
@@ -294,65 +272,8 @@ def _variants(
         ]  # fmt: skip
     return [
         ("MetaPT", "metapt", k, _source(config, facts, "text", grouping="kmeans", clusters=k))
-        for k in config.sizes or CLUSTER_COUNTS
+        for k in config.sizes or [k for k in CLUSTER_COUNTS if k <= source_rows(config, facts)]
     ]
-
-
-def source_rows(config: ReproduceConfig, facts: Facts) -> int:
-    """The rows of the source that may be used, at most."""
-    have = facts.sources["text"]["rows"]
-    return min(have, config.source_rows or have)
-
-
-def _check_sizes(config: ReproduceConfig, facts: Facts) -> None:
-    """Raises: UserError for what no run could draw, before the first instead of in each."""
-    if "text" in facts.sources and facts.sources["text"]["sha"]:
-        have = source_rows(config, facts)
-        of = f"{have} rows" if not config.source_rows else f"{have} rows of it may be used"
-        if config.what == "figure3a" and max(config.sizes, default=0) > have:
-            raise UserError(f"--sizes {max(config.sizes)}: the source has {of}")
-        grouped = {"metapt", "metapt-ppt", "kmeans", "lda", "random"} & set(methods_of(config))
-        if facts.sources["text"]["clustered"] and config.what == "table1":
-            grouped = set()
-        by_size = config.what == "figure3b" and config.sizes
-        flag, most = ("--sizes", max(config.sizes)) if by_size else ("--clusters", config.clusters)
-        rows = min(config.sizes, default=have) if config.what == "figure3a" else have
-        if most > rows and grouped:
-            raise UserError(f"{flag} {most}: so many clusters cannot be made of {rows} texts")
-    if config.what == "figure2" or set(methods_of(config)) <= {"words"}:
-        return
-    for task, known in facts.data.items():
-        if config.train + config.validation > known.pool:
-            raise UserError(
-                f"task '{task}' has {known.pool} rows to draw samples from, fewer than --train "
-                f"{config.train} and --validation {config.validation} ask for: ask for fewer"
-            )
-
-
-def _fits(config: ReproduceConfig, facts: Facts, task: str, samples: int) -> bool:
-    """Whether a point of figure 2 can be drawn from a task's rows."""
-    return samples + config.validation <= facts.data[task].pool
-
-
-def _tell_left_out(config: ReproduceConfig, facts: Facts) -> None:
-    """Say which points of figure 2 there are no rows for.
-
-    Raises:
-        UserError: there are none for any.
-    """
-    sizes = config.sizes or SAMPLES
-    for task, known in facts.data.items():
-        out = [size for size in sizes if not _fits(config, facts, task, size)]
-        if len(out) == len(sizes):
-            raise UserError(
-                f"task '{task}' has {known.pool} rows to draw samples from, too few for --sizes "
-                f"{' '.join(map(str, out))} and --validation {config.validation}: ask for fewer"
-            )
-        if out:
-            log.warning(
-                "task '%s' has %d rows to draw samples from, %d of them to choose by: no point at "
-                "%s", task, known.pool, config.validation, ", ".join(map(str, out)),
-            )  # fmt: skip
 
 
 def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
@@ -366,12 +287,12 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
     if config.what == "figure4":
         return []
     _check_question(config)
-    _check_sizes(config, facts)
-    if config.what == "figure2":
-        _tell_left_out(config, facts)
+    check_samples(config, facts, methods_of(config))
     runs = []
     for row, method, x, source in _variants(config, facts):
         train = x if config.what == "figure2" else config.train
+        if source is not None and method != "ppt":  # which is not grouped
+            check_clusters(config, facts, source)
         for mode in config.modes if method not in _NO_PROMPT else [""]:
             start: Settings | None = None
             if method in UNTRAINED:
@@ -384,6 +305,6 @@ def make_plan(config: ReproduceConfig, facts: Facts) -> list[Run]:
                 Run(row, mode, task, seed, x,
                     _cell(config, facts, way, mode, task, seed, start, train))
                 for task in tasks_of(config) for seed in config.seeds
-                if config.what != "figure2" or _fits(config, facts, task, x)
+                if config.what != "figure2" or drawn(config, method, x) <= facts.data[task].pool
             ]  # fmt: skip
     return runs

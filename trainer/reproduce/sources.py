@@ -19,7 +19,8 @@ from trainer.data import Examples, load_task
 from trainer.embed import DEFAULT_ID, embed, encoder_digest, encoder_source
 from trainer.label import LabelConfig, run_label
 from trainer.reproduce.config import ReproduceConfig
-from trainer.reproduce.plan import TaskFacts, tasks_of
+from trainer.reproduce.limits import TaskFacts
+from trainer.reproduce.plan import tasks_of
 from trainer.source import SourceData, read_source, source_words
 from trainer.tables import iterate_rows
 from trainer.tasks import PAPER_TASKS, format_columns, get_task
