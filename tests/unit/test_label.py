@@ -289,7 +289,9 @@ def test_classes_are_matched_by_names_or_by_their_scales() -> None:
     own = Classes(["x", "y", "z"], ["bad", "okay", "good"])
     assert match_classes(stars, own) == Match([1, 2, 0], by_name=False)
     assert match_classes(own, stars) == Match([2, 0, 1], by_name=False)
-    assert match_classes(Classes(["0", "1"]), Classes(["ham", "spam"])) is None
+    for other in (["0", "1"], ["tea", "milk"]):
+        assert match_classes(Classes(other), Classes(["ham", "spam"])) is None
+        assert match_classes(Classes(["ham", "spam"]), Classes(other, ["bad", "good"])) is None
     assert match_classes(Classes(["bad", "good"]), Classes(["bad", "okay", "good"])) is None
 
 
