@@ -122,14 +122,11 @@ class Bench:
         """The sentence encoder; a fresh copy for fine-tuning."""
         from sentence_transformers import SentenceTransformer
 
+        source = encoder_source(self.config.teacher, "--teacher")
         if fresh:
-            return SentenceTransformer(
-                encoder_source(self.config.teacher, "--teacher"), device="cpu"
-            )
+            return SentenceTransformer(source, device="cpu")
         if self._encoder is None:
-            self._encoder = SentenceTransformer(
-                encoder_source(self.config.teacher, "--teacher"), device="cpu"
-            )
+            self._encoder = SentenceTransformer(source, device="cpu")
         return self._encoder
 
     def embed(self, texts: list[str]) -> np.ndarray:

@@ -117,10 +117,9 @@ def _match(task: Task, record: TaskRecord) -> list[int]:
         )
     if found.by_name:
         return found.order
-    pairs = zip(task.labels, (record.labels[index] for index in found.order), strict=True)
     log.warning(
         "the classes of task '%s' are matched with the prompt's by their order: %s",
-        task.name, ", ".join(f"{name} is {of_prompt}" for name, of_prompt in pairs),
+        task.name, found.said(task.labels, record.labels),
     )  # fmt: skip
     return found.order
 

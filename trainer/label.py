@@ -218,10 +218,9 @@ def _in_classes_of(exported: BundleLabeller, test: Examples, config: LabelConfig
             "which these are with --labels, in the order of the file's"
         )
     if not found.by_name:
-        pairs = zip(test.names, (exported.names[index] for index in found.order), strict=True)
         logger.warning(
             "the classes of %s are matched with the bundle's by their order: %s",
-            test.source, ", ".join(f"{name} is {of_bundle}" for name, of_bundle in pairs),
+            test.source, found.said(test.names, exported.names),
         )  # fmt: skip
     labels = np.array(found.order)[test.labels]
     return replace(test, labels=labels, names=exported.names)

@@ -103,6 +103,11 @@ class Match:
     order: list[int]
     by_name: bool
 
+    def said(self, theirs: Sequence[str], ours: Sequence[str]) -> str:
+        """The pairs in words: "bad is negative, good is positive"."""
+        pairs = zip(theirs, self.order, strict=True)
+        return ", ".join(f"{name} is {ours[index]}" for name, index in pairs)
+
 
 def match_classes(theirs: Classes, ours: Classes) -> Match | None:
     """The classes of a data set against those of a prompt or a bundle's task.

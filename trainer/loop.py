@@ -224,20 +224,16 @@ class Loop:
                     self._evaluate(measured, bar)
                 state.seconds = time.monotonic() - started
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self._save()
+                    self.save()
                     saved = time.monotonic()
         except BaseException:
             if state.step and self._whole:  # otherwise the last checkpoint stands
                 with workers().undisturbed():
-                    self._save()
+                    self.save()
             raise
         finally:
             bar.close()
         return self.best
-
-    def save(self) -> None:
-        """Write a checkpoint of where it stands; a run that has ended is not run again from it."""
-        self._save()
 
     def clean_up(self) -> None:
         """Remove the checkpoint, once the result is written."""
@@ -295,7 +291,8 @@ class Loop:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of where it stands; a run that has ended is not run again from it."""
         if self.checkpoint is None or not workers().main:
             return
         tensors: dict[str, Tensor] = {}

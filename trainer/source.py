@@ -16,10 +16,12 @@ from trainer.configs import MetaConfig, PretrainConfig, SourceOptions
 from trainer.graphs import OuterGraphs
 from trainer.initial import initial_params
 from trainer.labels import (
+    Classes,
     as_index,
     class_codes,
     class_names,
     find_labels,
+    match_classes,
     scale_order,
     tell_words,
 )
@@ -128,14 +130,13 @@ def in_order(data: SourceData, names: Sequence[str]) -> SourceData:
     Raises:
         UserError: the classes are called something else.
     """
-    own, wanted = ([name.strip().casefold() for name in x] for x in (data.names, names))
-    if sorted(own) != sorted(wanted):
+    found = match_classes(Classes(data.names), Classes(names))
+    if found is None or not found.by_name:
         raise UserError(
             f"--labels {' '.join(names)}: the classes of --data are called "
             f"{', '.join(data.names)}: name each of them once, in the order of --words"
         )
-    order = np.array([wanted.index(name) for name in own])
-    return replace(data, labels=order[data.labels], names=tuple(names))
+    return replace(data, labels=np.array(found.order)[data.labels], names=tuple(names))
 
 
 def hold_out(data: SourceData, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

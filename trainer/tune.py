@@ -209,16 +209,18 @@ def tune_from_each(
     Raises:
         UserError, Failure: as for `tune`; a start that cannot be used is told before the first run.
     """
-    starts = list(dict.fromkeys([config.init, *config.try_also]))
-    for start in starts[1:]:
-        params = initial_params(backbone, start, config.mode, config.tokens, config.seed)
+    starts = {
+        start: initial_params(backbone, start, config.mode, config.tokens, config.seed)
+        for start in (config.init, *config.try_also)
+    }
+    for params in starts.values():
         check_rate(config.rate, _steps(config, train), params)
     best: tuple[Tuned, str] | None = None
-    for number, start in enumerate(starts):
+    for number, (start, params) in enumerate(starts.items()):
         one = replace(config, init=start, try_also=[])
         folder = checkpoint / str(number) if len(starts) > 1 else checkpoint
         options = RunOptions(folder, record("tune", one, **facts))
-        tuned = tune(backbone, task, train, validation, one, options)
+        tuned = tune(backbone, task, train, validation, one, options, params=params)
         score = tuned.loop.state.best
         assert score is not None
         if len(starts) > 1:

@@ -22,7 +22,7 @@ from trainer.classifier import BundleLabeller, train_labeller, with_sentences
 from trainer.corpus import Sentence
 from trainer.data import Examples
 from trainer.label import LabelConfig, run_label
-from trainer.labels import Classes, Match, class_names, match_classes
+from trainer.labels import class_names
 from trainer.reservoir import BINS, Reservoir
 from trainer.spelling import fingerprint
 
@@ -279,20 +279,6 @@ def test_a_bundle_annotates_and_travels_by_its_folder(
         assert ("by their order: bad is minus, good is plus" in caplog.text) == said
     with pytest.raises(UserError, match=r"has the classes no, yes, but .* has bad, good"):
         run_label(LabelConfig(**material, **{**flags, "bundle_task": "answers"}))
-
-
-def test_classes_are_matched_by_names_or_by_their_scales() -> None:
-    """Three classes in a cycle: the wrong direction would be another order."""
-    names = match_classes(Classes(["b", " C", "a"]), Classes(["a", "B", "c"]))
-    assert names == Match([1, 2, 0], by_name=True)
-    stars = Classes(["neutral", "positive", "negative"])
-    own = Classes(["x", "y", "z"], ["bad", "okay", "good"])
-    assert match_classes(stars, own) == Match([1, 2, 0], by_name=False)
-    assert match_classes(own, stars) == Match([2, 0, 1], by_name=False)
-    for other in (["0", "1"], ["tea", "milk"]):
-        assert match_classes(Classes(other), Classes(["ham", "spam"])) is None
-        assert match_classes(Classes(["ham", "spam"]), Classes(other, ["bad", "good"])) is None
-    assert match_classes(Classes(["bad", "good"]), Classes(["bad", "okay", "good"])) is None
 
 
 def test_a_class_without_training_rows_is_named() -> None:

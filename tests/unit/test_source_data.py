@@ -12,7 +12,15 @@ import pytest
 
 from serve.errors import Failure, UserError
 from trainer.cluster import ClusterConfig, run_cluster
-from trainer.labels import class_metadata, class_names, class_order, scale_order
+from trainer.labels import (
+    Classes,
+    Match,
+    class_metadata,
+    class_names,
+    class_order,
+    match_classes,
+    scale_order,
+)
 from trainer.source import (
     MetaConfig,
     PretrainConfig,
@@ -30,6 +38,14 @@ def source(tmp_path: Path, labels: list[str], header: str = "text,label") -> Pat
     path = tmp_path / "source.csv"
     rows = "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
     path.write_text(header + "\n" + rows, "utf-8")
+    return path
+
+
+def clustered(tmp_path: Path, rows: list[tuple[object, int]]) -> Path:
+    """A source of texts with the given labels and clusters."""
+    path = tmp_path / "s.csv"
+    lines = [f"text {i},{label},{cluster}" for i, (label, cluster) in enumerate(rows)]
+    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
     return path
 
 
@@ -207,6 +223,20 @@ def test_default_words_need_a_scale(names: tuple[str, ...], words: list[str] | N
         assert words_of(data) == words
 
 
+def test_classes_are_matched_by_names_or_by_their_scales() -> None:
+    """Three classes in a cycle: the wrong direction would be another order."""
+    names = match_classes(Classes(["b", " C", "a"]), Classes(["a", "B", "c"]))
+    assert names == Match([1, 2, 0], by_name=True)
+    stars = Classes(["neutral", "positive", "negative"])
+    own = Classes(["x", "y", "z"], ["bad", "okay", "good"])
+    assert match_classes(stars, own) == Match([1, 2, 0], by_name=False)
+    assert match_classes(own, stars) == Match([2, 0, 1], by_name=False)
+    for other in (["0", "1"], ["tea", "milk"]):
+        assert match_classes(Classes(other), Classes(["ham", "spam"])) is None
+        assert match_classes(Classes(["ham", "spam"]), Classes(other, ["bad", "good"])) is None
+    assert match_classes(Classes(["bad", "good"]), Classes(["bad", "okay", "good"])) is None
+
+
 def test_a_scale_orders_its_names() -> None:
     assert scale_order(["Good", "bad"]) == [1, 0]
     assert scale_order(["positive", "negative", "neutral"]) == [2, 0, 1]
@@ -247,9 +277,7 @@ def test_every_cluster_gives_its_share_to_validation_and_no_row_twice(share: flo
 def test_a_source_too_small_for_validation_says_what_to_change(
     tiny_t5: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "s.csv"
-    lines = [f"text {i},{i % 2},{i % 3}" for i in range(30)]
-    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    path = clustered(tmp_path, [(i % 2, i % 3) for i in range(30)])
     flags = {"data": str(path), "out": str(tmp_path / "o"), "backbone": str(tiny_t5), "steps": 1,
              "prompt_tokens": 2, "words": ["bad", "good"]}  # fmt: skip
     with pytest.raises(UserError, match=r"no cluster keeps 8 rows for validation: .* larger --val"):
@@ -261,9 +289,7 @@ def test_a_source_too_small_for_validation_says_what_to_change(
 def test_a_start_is_not_trained_with_a_template_that_names_a_column(
     tiny_t5: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "s.csv"
-    lines = [f"text {i},{i % 2},{i % 2}" for i in range(200)]
-    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    path = clustered(tmp_path, [(i % 2, i % 2) for i in range(200)])
     flags = {"data": str(path), "out": str(tmp_path / "o"), "backbone": str(tiny_t5), "steps": 1,
              "prompt_tokens": 2, "words": ["bad", "good"],
              "template": "{aspect}: {text} <extra_id_0>"}  # fmt: skip
@@ -281,10 +307,8 @@ def test_words_go_to_the_classes_that_are_named(
 ) -> None:
     """As for `tune`: `--labels` says whose each word is; without it the file's order is told."""
     caplog.set_level("INFO")
-    path = tmp_path / "s.csv"
     names = ("refund", "delivery", "other")
-    lines = [f"text {i},{names[i % 3]},{i % 2}" for i in range(300)]
-    path.write_text("text,label,cluster\n" + "\n".join(lines) + "\n", "utf-8")
+    path = clustered(tmp_path, [(names[i % 3], i % 2) for i in range(300)])
     data = read_source(str(path), clustered=True)
     assert data.names == ("delivery", "other", "refund")
     ordered = in_order(data, ["Refund", "delivery", "other"])

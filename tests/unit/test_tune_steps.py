@@ -364,11 +364,11 @@ def test_of_several_starts_the_best_on_validation_is_kept(
     runs: list[str] = []
     real = tune_module.tune
 
-    def stops(backbone: Any, task: Any, train: Any, held: Any, config: Any, *rest: Any) -> Any:
-        runs.append(config.init)
+    def stops(*given: Any, **named: Any) -> Any:
+        runs.append(given[4].init)
         if len(runs) == 2:
             raise KeyboardInterrupt
-        return real(backbone, task, train, held, config, *rest)
+        return real(*given, **named)
 
     monkeypatch.setattr(tune_module, "tune", stops)
     with pytest.raises(KeyboardInterrupt):
